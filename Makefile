@@ -1,0 +1,76 @@
+# make notebook   set up, run the notebook top to bottom, write experiments/Assignment4.{ipynb,html}
+# make test       set up, run all the tests
+# The others are below. PYTHON=python3.12 picks the interpreter.
+
+PYTHON ?= python3
+NET ?= dncnn
+VENV ?= .venv
+PY = $(VENV)/bin/python
+READY = $(VENV)/.ready
+NOTEBOOK = Assignment4.ipynb
+
+# Runs without a person: no progress bars. JupyterLab (make lab) shows them.
+headless = TQDM_DISABLE=1 $(PY)
+
+.PHONY: help setup notebook refresh lab test lint nbval train results benchmark clean
+
+help:
+	@echo 'make notebook   run the notebook top to bottom; the result is in experiments/'
+	@echo 'make test       run all the tests'
+	@echo 'make lab        open the notebook in JupyterLab'
+	@echo 'make refresh    run the notebook and renew the outputs stored in it'
+	@echo 'make nbval      only the comparison of the notebook with its stored outputs'
+	@echo 'make train NET=dncnn|udncnn|dudncnn, make results, make benchmark, make lint, make clean'
+
+setup: $(READY)
+
+$(READY): requirements.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo 'There is no $(PYTHON). Install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3'; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  "$(PYTHON)" --version; echo 'Python 3.10 or newer is needed. Name another one: make PYTHON=python3.12'; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo 'This Python has no venv. On Debian and Ubuntu: apt install python3-venv, then run make again.'; exit 1; }
+	@echo 'Setting up $(VENV), once. PyTorch is a large download.'
+	"$(PYTHON)" -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+notebook: $(READY)
+	$(headless) tests/run_notebook.py $(NOTEBOOK)
+
+refresh: $(READY)
+	$(headless) tests/run_notebook.py $(NOTEBOOK) --in-place
+
+lab: $(READY)
+	$(PY) -m jupyter lab $(NOTEBOOK)
+
+test: lint
+	$(headless) -m pytest tests
+	@$(MAKE) --no-print-directory nbval
+
+lint: $(READY)
+	$(PY) -m ruff check .
+
+# Every output with BSDS300 at hand; without it, only what does not depend on the photographs.
+nbval: $(READY)
+	@if [ -n "$$BSDS300" ] || [ -d BSDS300/images ]; then \
+	  echo 'nbval: strict, BSDS300 is at hand: every output is compared with the stored one.'; \
+	  $(headless) -m pytest --nbval $(NOTEBOOK); \
+	else \
+	  echo 'nbval: lax, no BSDS300 here: all cells must run, only marked outputs are compared.'; \
+	  $(headless) -m pytest --nbval-lax $(NOTEBOOK); \
+	fi
+
+train: $(READY)
+	$(PY) -m denoising_utils train --net $(NET)
+
+results: $(READY)
+	$(PY) -m denoising_utils evaluate
+
+benchmark: $(READY)
+	$(PY) tests/benchmark.py
+
+# What the two commands made. Downloaded photographs and checkpoints/ stay.
+clean:
+	rm -rf .venv experiments .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -1,0 +1,869 @@
+"""Image denoising with deep CNNs: data, networks, statistics, pictures, and a command line.
+
+In the order of the notebook ``Assignment4.ipynb``. Images are tensors (channels, height, width)
+with values in [-1, 1]; noise levels ``sigma`` are on the usual scale 0..255.
+
+    python -m denoising_utils --help      # train, evaluate, denoise, fetch
+"""
+import argparse
+import contextlib
+import getpass
+import hashlib
+import math
+import os
+import socket
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch.utils.data as td
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+from torchvision.datasets.utils import download_url
+
+import nntools as nt
+
+HERE = Path(__file__).resolve().parent
+BSDS_URL = 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/BSDS300-images.tgz'
+MANIFEST = HERE / 'checkpoints' / 'BSDS300.sha256'
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+def find_photographs(root=None):
+    """The folder that holds ``train/`` and ``test/``: a `Path`.
+
+    It is ``root`` if given, else the environment variable ``BSDS300``, else ``BSDS300/images``
+    beside this file, which is downloaded from Berkeley and checked if it is not there. If Berkeley
+    can't be reached, `sample_photographs` stand in; `describe_photographs` tells which it is.
+
+    Raises FileNotFoundError if the folder named by ``root`` or ``BSDS300`` has no photographs, and
+    OSError if the download is damaged.
+    """
+    for name, given in (('root', root), ('the environment variable BSDS300', os.environ.get('BSDS300'))):
+        if given:
+            for folder in (Path(given), Path(given) / 'images'):
+                if (folder / 'train').is_dir() and (folder / 'test').is_dir():
+                    return folder
+            raise FileNotFoundError(f'{name} is {str(given)!r}, but there are no folders train/ and test/ in it')
+    folder = HERE / 'BSDS300' / 'images'
+    if folder.is_dir():
+        return folder
+    try:
+        return fetch()
+    except (ConnectionError, PermissionError):
+        return sample_photographs()
+
+
+def describe_photographs(folder):
+    """What the photographs in ``folder`` are: ``(True, text)`` if they are BSDS300, all 300 of them
+    with the right checksums, otherwise ``(False, text)``."""
+    counts = {mode: len(_image_files(Path(folder) / mode)) for mode in ('train', 'test')}
+    counts = f'{counts["train"]} to train and {counts["test"]} to test'
+    try:
+        check_photographs(folder)
+        return True, f'BSDS300: {counts}, all checksums right'
+    except OSError:
+        return False, f'NOT BSDS300, but other images: {counts}'
+
+
+def fetch(destination=None):
+    """Downloads BSDS300 (22 MB) into ``destination`` (default: ``BSDS300/`` beside this file) and
+    checks each of its 300 photographs. Returns the folder that holds ``train/`` and ``test/``.
+
+    The folder appears only when it is complete. Raises ConnectionError if Berkeley can't be reached,
+    and OSError if what comes is damaged or is not BSDS300.
+    """
+    destination = Path(destination or HERE / 'BSDS300')
+    if (destination / 'images').is_dir():
+        check_photographs(destination / 'images')
+        return destination / 'images'
+    destination.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination, prefix='.download-') as temporary:
+        advice = 'Try again, or set the environment variable BSDS300 to a folder with its train/ and test/.'
+        try:
+            with _time_limit_of_connections(20):
+                download_url(BSDS_URL, temporary, 'BSDS300-images.tgz')
+        except (OSError, RuntimeError) as error:
+            raise ConnectionError(f'BSDS300 could not be downloaded from {BSDS_URL} ({error}). {advice}') from error
+        try:
+            with tarfile.open(Path(temporary) / 'BSDS300-images.tgz') as archive:
+                archive.extractall(temporary, filter='data')
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise OSError(f'the download of {BSDS_URL} is damaged ({error}). {advice}') from error
+        check_photographs(Path(temporary) / 'BSDS300' / 'images')
+        os.replace(Path(temporary) / 'BSDS300' / 'images', destination / 'images')
+    return destination / 'images'
+
+
+def check_photographs(folder):
+    """Compares the photographs in ``folder`` with the manifest of BSDS300: 300 names and SHA-256.
+
+    Raises OSError, naming the files that are missing or different.
+    """
+    wrong = []
+    for line in MANIFEST.read_text().splitlines():
+        digest, name = line.split()
+        file = Path(folder) / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            wrong.append(name)
+    if wrong:
+        raise OSError(f'{len(wrong)} of the 300 photographs of BSDS300 are missing or damaged in {folder}: '
+                      f'{", ".join(wrong[:5])}{" ..." if len(wrong) > 5 else ""}. Delete that folder and '
+                      'fetch it again.')
+
+
+@contextlib.contextmanager
+def _time_limit_of_connections(seconds):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def sample_photographs(destination=None):
+    """A small stand-in for BSDS300 that needs no network. Returns its folder.
+
+    ``test/`` has six photographs that come with scikit-image, ``train/`` 12 images of "dead leaves":
+    discs of random size and colour that hide each other, whose statistics are close to those of
+    photographs (Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001).
+    """
+    from skimage import data
+
+    folder = Path(destination or Path(tempfile.gettempdir()) / f'sample-photographs-{getpass.getuser()}')
+    if folder.is_dir():
+        return folder
+    images = {f'test/{name}.png': getattr(data, name)()
+              for name in ('astronaut', 'coffee', 'hubble_deep_field', 'immunohistochemistry', 'rocket')}
+    images['test/motorcycle.png'] = data.stereo_motorcycle()[0]
+    images |= {f'train/dead_leaves_{k:02}.png': dead_leaves(seed=k) for k in range(12)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        for name, pixels in images.items():
+            file = Path(temporary) / 'complete' / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+        with contextlib.suppress(OSError):  # another process was quicker
+            os.replace(Path(temporary) / 'complete', folder)
+    return folder
+
+
+def dead_leaves(height=321, width=481, discs=2000, seed=0):
+    """An image of overlapping discs, radius r with density r**-3: bytes (height, width, 3)."""
+    random = np.random.default_rng(seed)
+    radii = np.clip(3 / np.sqrt(random.uniform(size=discs)), 3, 150)
+    rows, columns = random.uniform(0, height, discs), random.uniform(0, width, discs)
+    image = np.zeros((height, width, 3))
+    for r, row, column, colour in zip(radii, rows, columns, random.uniform(0, 255, (discs, 3))):
+        top, left = max(0, int(row - r)), max(0, int(column - r))
+        y, x = np.ogrid[top:min(height, int(row + r) + 2), left:min(width, int(column + r) + 2)]
+        part = image[top:top + y.shape[0], left:left + x.shape[1]]
+        part[(y - row) ** 2 + (x - column) ** 2 <= r ** 2] = colour
+    return image.astype(np.uint8)
+
+
+def _image_files(folder):
+    """The images in ``folder`` in sorted order."""
+    suffixes = Image.registered_extensions()
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+
+
+def read_photograph(file):
+    """A photograph as a tensor (3, height, width) of bytes. Raises ValueError, naming the file."""
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1).contiguous()
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise ValueError(f'{file} is not a readable image ({error})') from error
+
+
+class NoisyBSDSDataset(td.Dataset):
+    """Pairs (noisy, clean) of crops of the photographs in ``root_dir/train`` or ``root_dir/test``.
+
+    Item: two tensors (3, height, width); clean is in [-1, 1], noisy is clean plus white Gaussian
+    noise, not clipped. For ``mode='train'``, crop and noise are new at each access (drawn from
+    torch's random stream); for ``'test'`` they are a function of (seed, index).
+
+    Args:
+        root_dir: the folder, see `find_photographs`.
+        mode: ``'train'`` or ``'test'``.
+        image_size: (height, width) of the crops in pixels, or one number for both.
+        sigma: standard deviation of the noise on the scale 0..255 (that is 2 sigma / 255 here).
+        seed: of the test set's crops and noise.
+        subset: positions in the sorted list of files (default: all of them).
+        crops: how often each photograph comes in one pass.
+        augment: random flips, and quarter turns if the crops are square.
+        cache: keep the decoded photographs in memory as bytes (BSDS300: 139 MB).
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no image.
+        ValueError: a bad mode, size, sigma or number of crops, an unreadable file, or one that is
+            smaller than the crop; the message names it.
+    """
+
+    def __init__(self, root_dir, mode='train', image_size=(180, 180), sigma=30, *, seed=0,
+                 subset=None, crops=1, augment=False, cache=True):
+        if mode not in ('train', 'test'):
+            raise ValueError(f"mode must be 'train' or 'test', got {mode!r}")
+        if not sigma >= 0:
+            raise ValueError(f'sigma must be 0 or more, got {sigma!r}')
+        if not isinstance(crops, int) or crops < 1:
+            raise ValueError(f'crops must be a whole number, 1 or more, got {crops!r}')
+        size = tuple(image_size) if np.iterable(image_size) else (image_size, image_size)
+        if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in size):
+            raise ValueError(f'image_size must be (height, width) in pixels, got {image_size!r}')
+        folder = Path(root_dir) / mode
+        if not folder.is_dir():
+            raise FileNotFoundError(f'there is no folder {folder}: root_dir must hold train/ and test/')
+        self.files = _image_files(folder)
+        if not self.files:
+            raise FileNotFoundError(f'there is no image in {folder}')
+        if subset is not None:
+            self.files = [self.files[k] for k in subset]
+        self.mode, self.image_size, self.sigma = mode, size, sigma
+        self.seed, self.subset, self.crops, self.augment = seed, subset, crops, augment
+        self.images = [read_photograph(file) for file in self.files] if cache else None
+        for k in range(len(self.files) if cache else 0):
+            self._photograph(k)  # so that one that is too small is found now
+
+    def __len__(self):
+        return len(self.files) * self.crops
+
+    def __repr__(self):
+        more = {'photographs': len(self.files)}
+        more |= {'seed': self.seed} if self.mode == 'test' else {}
+        more |= {'subset': self.subset} if self.subset is not None else {}
+        more |= {'crops': self.crops} if self.crops > 1 else {}
+        more |= {'augment': True} if self.augment else {}
+        more = ''.join(f', {name}={value}' for name, value in more.items())
+        return (f'{type(self).__name__}(mode={self.mode}, image_size={self.image_size}, '
+                f'sigma={self.sigma}{more})')
+
+    def _photograph(self, k):
+        image = self.images[k] if self.images else read_photograph(self.files[k])
+        if image.shape[1] < self.image_size[0] or image.shape[2] < self.image_size[1]:
+            raise ValueError(f'{self.files[k].name} has {image.shape[1]}x{image.shape[2]} pixels, less than '
+                             f'image_size {self.image_size[0]}x{self.image_size[1]} (height x width)')
+        return image
+
+    def __getitem__(self, index):
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'index {index} of a data set of {len(self)}')
+        index %= len(self)
+        image = self._photograph(index % len(self.files))
+        random = torch.Generator().manual_seed(nt._mix(self.seed, index)) if self.mode == 'test' else None
+
+        def draw(n):
+            return int(torch.randint(n, (), generator=random))
+
+        height, width = self.image_size
+        top, left = draw(image.shape[1] - height + 1), draw(image.shape[2] - width + 1)
+        clean = image[:, top:top + height, left:left + width].float() / 127.5 - 1
+        if self.augment:
+            clean = clean.flip([axis for axis in (1, 2) if draw(2)])
+            clean = clean.transpose(1, 2) if height == width and draw(2) else clean
+        noise = torch.randn(clean.shape, generator=random)
+        return clean + 2 * self.sigma / 255 * noise, clean.contiguous()
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+class NNRegressor(nt.NeuralNetwork):
+    """A network trained for the least mean squared error."""
+
+    def criterion(self, y, d):
+        """The mean squared error of ``y`` for ``d``, over all their elements."""
+        return F.mse_loss(y, d)
+
+
+class DnCNN(NNRegressor):
+    """A residual CNN for denoising: input and output (N, channels, height, width), of any size.
+
+    Convolution and ReLU, D blocks of convolution, batch norm and ReLU, and a last convolution whose
+    output is added to the input; all 3x3, with C features. After Zhang et al., "Beyond a Gaussian
+    denoiser", IEEE TIP 2017. The receptive field is 2D + 5 pixels wide.
+
+    Args:
+        D: the number of blocks, 0 or more.
+        C: features per layer.
+        channels: of the images (1 for grey).
+        he_init: start every convolution but the last at He's initialisation (normal, fan-in; He
+            et al., ICCV 2015), and the weights of the course's batch norm at 1.25 sqrt(C); otherwise
+            everything stays at PyTorch's defaults.
+        batch_norm: ``'usual'`` (eps = 1e-5) or ``'course'`` (eps = C, which is what the assignment's
+            ``BatchNorm2d(C, C)`` means: the second argument is **eps**).
+        zero_last: start the last convolution at zero, so that the network starts as the identity.
+
+    Raises:
+        ValueError: ``D``, ``C`` or ``batch_norm`` is out of range.
+    """
+
+    def __init__(self, D, C=64, *, channels=3, he_init=True, batch_norm='usual', zero_last=False):
+        super().__init__()
+        self._check(D)
+        if not isinstance(C, int) or C < 1:
+            raise ValueError(f'C must be a whole number, 1 or more, got {C!r}')
+        if batch_norm not in ('usual', 'course'):
+            raise ValueError(f"batch_norm must be 'usual' or 'course', got {batch_norm!r}")
+        self.D, self.C = D, C
+        widths = [channels] + [C] * (D + 1) + [channels]
+        self.conv = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=d, dilation=d)
+            for a, b, d in zip(widths, widths[1:], [1, *self._dilations(D), 1]))
+        self.bn = nn.ModuleList(
+            nn.BatchNorm2d(C, eps=C if batch_norm == 'course' else 1e-5) for _ in range(D))
+        if he_init:
+            for conv in self.conv[:-1]:
+                nn.init.kaiming_normal_(conv.weight, nonlinearity='relu')
+            if batch_norm == 'course':
+                for bn in self.bn:
+                    nn.init.constant_(bn.weight, 1.25 * math.sqrt(C))
+        if zero_last:
+            nn.init.zeros_(self.conv[-1].weight)
+            nn.init.zeros_(self.conv[-1].bias)
+
+    @staticmethod
+    def _check(D):
+        if not isinstance(D, int) or D < 0:
+            raise ValueError(f'D must be a whole number, 0 or more, got {D!r}')
+
+    @staticmethod
+    def _dilations(D):
+        return [1] * D
+
+    @property
+    def receptive_field(self):
+        """The width in pixels of the part of the input that an output pixel depends on."""
+        return 2 * self.D + 5
+
+    def block(self, k, h):
+        """The k-th block, k = 0 ... D-1: convolution, batch norm, ReLU."""
+        return F.relu(self.bn[k](self.conv[k + 1](h)))
+
+    def features(self, x):
+        """All but the last convolution: (N, C, height, width)."""
+        h = F.relu(self.conv[0](x))
+        for k in range(self.D):
+            h = self.block(k, h)
+        return h
+
+    def forward(self, x):
+        return x + self.conv[-1](self.features(x))
+
+
+class UDnCNN(DnCNN):
+    """DnCNN in the shape of a U-Net: the D blocks work at D/2 scales.
+
+    Each of the first D/2 - 1 blocks is followed by 2x2 max-pooling, and each of the last D/2 - 1
+    preceded by unpooling to where the maxima were; features of the same scale are added and divided
+    by sqrt(2), which keeps their variance. Parameters as in `DnCNN`. The receptive field is
+    9 * 2**(D/2 - 1) pixels wide.
+
+    Args: as in `DnCNN`; D is even, 2 or more.
+    """
+
+    @staticmethod
+    def _check(D):
+        if not isinstance(D, int) or D < 2 or D % 2:
+            raise ValueError(f'D must be an even number, 2 or more, got {D!r}')
+
+    @property
+    def receptive_field(self):
+        """See `DnCNN`; some output pixels depend on less."""
+        return 9 * 2 ** (self.D // 2 - 1)
+
+    def down(self, h):
+        """To the next coarser scale. Returns the features, and what `up` needs to come back."""
+        size = h.shape[-2:]
+        if min(size) < 2:
+            raise ValueError(f'the image is too small: height and width must be at least '
+                             f'{2 ** (self.D // 2 - 1)} pixels for D = {self.D}')
+        h, indices = F.max_pool2d(h, 2, return_indices=True)
+        return h, (indices, size)
+
+    def up(self, h, way_back):
+        """Back to the next finer scale."""
+        indices, size = way_back
+        return F.max_unpool2d(h, indices, 2, output_size=size)
+
+    def features(self, x):
+        first = h = F.relu(self.conv[0](x))
+        scales = []
+        for k in range(self.D // 2 - 1):
+            h, way_back = self.down(self.block(k, h))
+            scales.append((h, way_back))
+        for k in (self.D // 2 - 1, self.D // 2):
+            h = self.block(k, h)
+        for k in range(self.D // 2 + 1, self.D):
+            same_scale, way_back = scales.pop()
+            h = self.block(k, self.up((h + same_scale) / math.sqrt(2), way_back))
+        return (h + first) / math.sqrt(2)
+
+
+class DUDnCNN(UDnCNN):
+    """UDnCNN with dilated convolutions in place of pooling: every scale at full resolution.
+
+    Where UDnCNN has pooled k times more than it has unpooled, the convolution has dilation 2**k
+    ("à trous"). Parameters as in `DnCNN`. The receptive field is 2**(D/2 + 2) + 1 pixels wide.
+
+    Args: as in `UDnCNN`.
+    """
+
+    @staticmethod
+    def _dilations(D):
+        return [2 ** min(k, D - 1 - k) for k in range(D)]
+
+    @property
+    def receptive_field(self):
+        """See `DnCNN`."""
+        return 2 ** (self.D // 2 + 2) + 1
+
+    def down(self, h):
+        return h, None
+
+    def up(self, h, way_back):
+        return h
+
+
+def count_parameters(net):
+    """The number of weights and biases that are trained."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def receptive_field_map(net, offset=0, draws=8):
+    """Which input pixels an output pixel depends on: a square of booleans, measured by autograd.
+
+    The output pixel is ``offset`` rows and columns below the middle. A copy of ``net`` with positive
+    weights is used, so that nothing cancels, and several random inputs, because max-pooling picks
+    other pixels each time.
+    """
+    net = type(net)(net.D, C=2).double().eval()
+    for name, parameter in net.named_parameters():
+        nn.init.constant_(parameter, 0.1 if name.endswith('weight') else 0)
+    size = 2 * net.receptive_field + (2 ** (net.D // 2 + 1) if type(net) is UDnCNN else 0)
+    middle = size // 2 + offset
+    seen = torch.zeros(size, size, dtype=torch.bool)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(draws):
+        x = torch.rand(1, 3, size, size, generator=random, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(net(x)[0, 0, middle, middle], x)
+        seen |= (gradient[0] != 0).any(0)
+    return seen
+
+
+def measure_receptive_field(net):
+    """The width in pixels of the largest `receptive_field_map` over all positions in a pooling cell.
+
+    To be held against ``net.receptive_field``, which is the formula.
+    """
+    positions = range(2 ** (net.D // 2 - 1)) if type(net) is UDnCNN else range(1)
+    columns = [receptive_field_map(net, k).any(0).nonzero() for k in positions]
+    return max(int(where.max() - where.min()) + 1 for where in columns)
+
+
+def make_network(name, D=6, **options):
+    """`DnCNN`, `UDnCNN` or `DUDnCNN` by its name in lower case; raises ValueError for another."""
+    if name not in NETWORKS:
+        raise ValueError(f'the network must be one of {", ".join(NETWORKS)}, got {name!r}')
+    return NETWORKS[name](D, **options)
+
+
+NETWORKS = {'dncnn': DnCNN, 'udncnn': UDnCNN, 'dudncnn': DUDnCNN}
+
+
+def load_network(name, folder=None, device='cpu'):
+    """A trained network and its history, from ``checkpoints/NAME`` or another ``folder``.
+
+    ``name`` is that of the network, with ``_course`` after it for the course's batch norm. Returns
+    the network, in evaluation mode, and a list as `nntools.Experiment.history` has. Raises
+    RuntimeError if there is no checkpoint or it can't be read.
+    """
+    network, _, batch_norm = name.partition('_')
+    checkpoint = nt._read(str(Path(folder or HERE / 'checkpoints' / name) / 'checkpoint.pth.tar'), device)
+    state = checkpoint['Net']
+    D = sum(key.startswith('conv') and key.endswith('weight') for key in state) - 2
+    net = make_network(network, D, C=len(state['conv.0.bias']), channels=len(state[f'conv.{D + 1}.bias']),
+                       batch_norm=batch_norm or 'usual')
+    net.load_state_dict(state)
+    return net.to(device).eval(), checkpoint['History']
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+def psnr(y, d):
+    """The PSNR in dB of each image of the batch ``y`` for ``d``, both (N, ...) in [-1, 1]: (N,).
+
+    10 log10(4 / MSE): the peak-to-peak range 2, squared, over the image's mean squared error.
+    """
+    return 10 * torch.log10(4 / (y - d).double().square().flatten(1).mean(1))
+
+
+class DenoisingStatsManager(nt.StatsManager):
+    """The mean loss, and the mean over the images of their `psnr` in dB, whatever the batch size."""
+
+    def init(self):
+        super().init()
+        self.running_psnr = 0.0
+
+    def accumulate(self, loss, x, y, d):
+        super().accumulate(loss, x, y, d)
+        self.running_psnr += psnr(y, d).sum().item()
+
+    def summarize(self):
+        return {'loss': super().summarize(), 'PSNR': self.running_psnr / self.number_samples}
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+def myimshow(image, ax=plt):
+    """Shows a tensor (channels, height, width) in [-1, 1], clipped to it. Returns matplotlib's image."""
+    image = ((image.detach().cpu().float() + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
+    handle = ax.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap='gray')
+    ax.axis('off')
+    return handle
+
+
+def plot(exp, fig, axes, noisy, visu_rate=2, clean=None):
+    """Draws the state of a training: to be called by ``exp.run(plot=lambda exp: plot(exp, ...))``.
+
+    ``axes`` is an array of 2x2: the noisy image, the same denoised, the loss and the PSNR of each
+    epoch (training, and validation if there is one). Drawn every ``visu_rate`` epochs and at the
+    end. The figure changes in place in every kind of notebook, and in a window outside of one.
+
+    ``noisy`` is (channels, height, width); with ``clean`` the titles give the PSNR.
+    """
+    if exp.epoch % visu_rate:
+        return
+    denoised = exp.predict(noisy[None])[0]
+    for ax, image, title in zip(axes[0], (noisy, denoised), ('Noisy', 'Denoised')):
+        ax.clear()
+        myimshow(image, ax=ax)
+        ax.set_title(title if clean is None else f'{title}: {psnr(image[None], clean[None])[0]:.2f} dB')
+    rows = exp.table()
+    epochs = [row['epoch'] for row in rows]
+    for ax, name, label in zip(axes[1], ('loss', 'PSNR'), ('Loss (mean squared error)', 'PSNR (dB)')):
+        ax.clear()
+        for key, text in ((name, 'training'), ('val_' + name, 'validation')):
+            if rows and key in rows[0]:
+                ax.plot(epochs, [row[key] for row in rows], '.-', label=text)
+        ax.set(xlabel='Epoch', ylabel=label)
+        if rows:
+            ax.legend()
+    fig.tight_layout()
+    _refresh(fig)
+
+
+def draw_network(net, ax):
+    """Draws the layers of a network of this file as they run on an image of 64x64 pixels.
+
+    A bar is a convolution: its height is that of the features it makes, its number the dilation.
+    Arcs are what is added to later layers.
+    """
+    heights, sums = [], []
+    hooks = [conv.register_forward_hook(lambda conv, x, y: heights.append(y.shape[-2])) for conv in net.conv]
+    training, net = net.training, net.eval()
+    with torch.no_grad():
+        net(torch.zeros(1, net.conv[0].in_channels, 64, 64, device=net.device))
+    net.train(training)
+    for hook in hooks:
+        hook.remove()
+    last = len(net.conv) - 1
+    for positions, colour, kind in (((0,), 'tab:orange', 'convolution, ReLU'),
+                                    (range(1, last), 'tab:blue', 'convolution, batch norm, ReLU'),
+                                    ((last,), 'tab:green', 'convolution')):
+        if positions:
+            bars = [heights[k] for k in positions]
+            ax.bar(positions, bars, 0.6, [-height / 2 for height in bars], color=colour, alpha=0.8, label=kind)
+    for k, conv in enumerate(net.conv):
+        ax.text(k, 0, conv.dilation[0], ha='center', va='center', color='white', weight='bold')
+    if isinstance(net, UDnCNN):
+        sums = [(k, net.D - k) for k in range(1, net.D // 2)] + [(0, last - 1)]
+    for start, end in [*sums, (-1, last)]:
+        rise = 40 + 7 * (end - start)
+        ax.annotate('', (end + 0.42, 36), (start + 0.42, 36), annotation_clip=False, arrowprops=dict(
+            arrowstyle='->', color='0.4', connectionstyle=f'bar,angle=180,fraction={-rise / 1200 * 8 / (end - start)}'))
+    ax.set(xlim=(-1.2, last + 1.2), ylim=(-36, 60), title=f'{type(net).__name__}({net.D})')
+    ax.legend(loc='upper center', bbox_to_anchor=(0.5, 0), ncols=3)
+    ax.axis('off')
+
+
+def _refresh(fig):
+    """Shows a figure where it is already shown. (Only a display handle works in all notebooks.)"""
+    if 'inline' not in matplotlib.get_backend():
+        fig.canvas.draw_idle()
+        fig.canvas.flush_events()
+    elif hasattr(fig, 'display_handle'):
+        fig.display_handle.update(fig)
+    else:
+        from IPython.display import display
+        fig.display_handle = display(fig, display_id=True)
+        plt.close(fig)  # or the notebook would show it once more at the end of the cell
+
+
+# --- whole photographs ---------------------------------------------------------------------------
+
+def denoise_image(net, image, tile=320):
+    """Denoises an image of any size with bounded memory, in tiles of ``tile`` pixels.
+
+    ``image`` is (channels, height, width) in [-1, 1]; the result is the same on the CPU. Each tile is
+    read with a margin of half the receptive field or more, and cut where the pooling cells of the
+    whole image would be, so that the result is that of the untiled image up to rounding.
+    """
+    if image.ndim != 3:
+        raise ValueError(f'image must be (channels, height, width), got the shape {tuple(image.shape)}')
+    cell = 2 ** max(net.D // 2 - 1, 0)
+    tile, margin = (math.ceil(n / cell) * cell for n in (max(tile, 1), net.receptive_field // 2 + 1))
+    height, width = image.shape[1:]
+    result = torch.empty(image.shape)
+    training, device = net.training, net.device
+    net.eval()
+    with torch.inference_mode():
+        for top in range(0, height, tile):
+            for left in range(0, width, tile):
+                first_row, first_column = max(0, top - margin), max(0, left - margin)
+                part = image[:, first_row:top + tile + margin, first_column:left + tile + margin]
+                part = net(part[None].to(device))[0, :, top - first_row:, left - first_column:]
+                result[:, top:top + tile, left:left + tile] = part[:, :tile, :tile].cpu()
+    net.train(training)
+    return result
+
+
+def self_ensemble(net):
+    """A function of images (N, channels, height, width): the mean of what ``net`` makes of their eight
+    flips and quarter turns, turned back (Timofte, Rothe and Van Gool, "Seven ways to improve
+    example-based single image super resolution", CVPR 2016). Eight times the work."""
+    def denoise(x):
+        total = torch.zeros_like(x)
+        for turns in range(4):
+            for axes in ([], [-1]):
+                total += net(x.rot90(turns, (-2, -1)).flip(axes)).flip(axes).rot90(-turns, (-2, -1))
+        return total / 8
+    return denoise
+
+
+def denoise_file(net, source, target, tile=320):
+    """Denoises an image file at full size, see `denoise_image`, and writes it to ``target``.
+
+    Cameras' rotation marks (EXIF) are applied. 16-bit files are read in full depth; the result has 8
+    bits. Transparency is kept as it is, palettes become colours. Grey images stay grey: they go through
+    the network as three equal channels, which it was not trained for.
+
+    Raises ValueError if ``source`` can't be read or ``target`` is the same file.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f'{target} is the file to read: choose another name for the result')
+    try:
+        with Image.open(source) as image:
+            image = ImageOps.exif_transpose(image)
+            pixels, alpha, grey = _pixels(image)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f'{source} is not a readable image ({error})') from error
+    denoised = denoise_image(net, pixels, tile)
+    values = ((denoised + 1) * 127.5).round_().clamp_(0, 255).byte().permute(1, 2, 0).numpy()
+    result = Image.fromarray(values)
+    if grey:
+        result = result.convert('L')
+    if alpha is not None and target.suffix.lower() not in ('.jpg', '.jpeg'):
+        result.putalpha(alpha)
+    result.save(target)
+
+
+def _pixels(image):
+    """A PIL image as a tensor (3, height, width) in [-1, 1], its alpha channel or None, and whether
+    it is grey."""
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert('LA' if image.mode in ('L', 'LA') else 'RGBA')
+        alpha = image.getchannel('A')
+    grey = image.mode[0] in 'L1IF'
+    if image.mode[0] == 'I':  # 16 bits of grey, which PIL would cut off at 255
+        values = torch.from_numpy(np.array(image).astype(np.float32))[None].expand(3, -1, -1)
+        return values / 32767.5 - 1, alpha, grey
+    values = torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
+    return values.float().div_(127.5).sub_(1), alpha, grey
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+def benchmark_pairs(root_dir, sigma=30, size=320, seed=123, mode='test', subset=None):
+    """The fixed test on which networks are compared: a generator of pairs (noisy, clean).
+
+    All photographs in sorted order, the centre crop of ``size`` pixels, noise from one generator
+    for all of them, not clipped. Tensors (1, 3, size, size).
+    """
+    random = torch.Generator().manual_seed(seed)
+    data = NoisyBSDSDataset(root_dir, mode, size, sigma, subset=subset)
+    for image in data.images:
+        top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+        clean = image[None, :, top:top + size, left:left + size].float() / 127.5 - 1
+        yield clean + 2 * sigma / 255 * torch.randn(clean.shape, generator=random), clean
+
+
+def benchmark(denoise, pairs):
+    """Scores ``denoise(noisy)`` on each of the ``pairs``: a dict of arrays, one value an image:
+    ``psnr`` in dB, ``ssim`` (of scikit-image, at its defaults) and ``seconds``."""
+    from skimage.metrics import structural_similarity
+
+    rows = []
+    with torch.inference_mode():
+        for noisy, clean in pairs:
+            start = time.perf_counter()
+            denoised = denoise(noisy)
+            seconds = time.perf_counter() - start
+            y, d = denoised[0].cpu().numpy(), clean[0].numpy()
+            rows.append((psnr(denoised, clean).item(),
+                         structural_similarity(y, d, channel_axis=0, data_range=2), seconds))
+    return dict(zip(('psnr', 'ssim', 'seconds'), np.array(rows).T))
+
+
+def old_protocol(net, root_dir, sigma=30, seed=0):
+    """The figure that an earlier solution of this assignment reported: one random draw of it, in dB.
+
+    Crops of 180x180 whose corner is drawn as for 320x320, which on these photographs means nearly
+    always their top rows or left columns; the PSNR of the mean squared error of each batch of 4,
+    averaged over the batches. For comparison with its figures only.
+    """
+    random = torch.Generator().manual_seed(seed)
+    crops = []
+    for image in NoisyBSDSDataset(root_dir, 'test', 180, sigma).images:
+        top, left = (int(torch.randint(n - 320 + 1, (), generator=random)) for n in image.shape[1:])
+        crops.append(image[:, top:top + 180, left:left + 180].float() / 127.5 - 1)
+    clean = torch.stack(crops).split(4)
+    with torch.inference_mode():
+        errors = [(net(d + 2 * sigma / 255 * torch.randn(d.shape, generator=random)) - d).square().mean()
+                  for d in clean]
+    return (10 * torch.log10(4 / torch.stack(errors))).mean().item()
+
+
+# --- command line --------------------------------------------------------------------------------
+
+HELD_OUT = range(0, 200, 10)  # of the training photographs of BSDS300: what recipes are chosen on
+
+
+def make_experiment(args):
+    """The training of one network by the recipe of the committed checkpoints, as an Experiment.
+
+    ``args``: the options of ``python -m denoising_utils train``, see `parse`.
+    """
+    torch.manual_seed(args.seed)
+    net = make_network(args.net, args.D, C=args.C, batch_norm=args.batch_norm, zero_last=args.zero_last)
+    net = net.to(nt.find_device(), memory_format=torch.channels_last)
+    root = find_photographs(args.data)
+    subset = [k for k in range(200) if k not in HELD_OUT] if args.hold_out else None
+    train_set = NoisyBSDSDataset(root, 'train', args.size, args.sigma, subset=subset, crops=args.crops,
+                                 augment=not args.no_augment)
+    photographs = len(_image_files(root / 'test'))
+    val_set = NoisyBSDSDataset(root, 'test', 96, args.sigma, subset=range(0, photographs, 5))
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
+    warm_up = max(1, args.warm_up * args.epochs)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(
+        (epoch + 1) / warm_up, (1 + math.cos(math.pi * epoch / args.epochs)) / 2))
+    return nt.Experiment(
+        net, train_set, val_set, optimizer, DenoisingStatsManager(), batch_size=args.batch,
+        output_dir=args.out or f'experiments/{args.net}', perform_validation_during_training=not args.hold_out,
+        seed=args.seed, scheduler=scheduler, grad_clip=args.grad_clip, precision=args.precision)
+
+
+def train(args):
+    """Trains a network, or goes on where an interrupted training of it stopped."""
+    exp = make_experiment(args)
+    exp.run(args.epochs)
+    if args.hold_out:
+        pairs = benchmark_pairs(find_photographs(args.data), args.sigma, mode='train', subset=HELD_OUT)
+        print(f'held out: {benchmark(exp.net, pairs)["psnr"].mean():.3f} dB, '
+              f'training took {sum(exp.seconds) / 60:.1f} minutes')
+
+
+def evaluate(args):
+    """Prints the table of results of the trained networks, as Markdown."""
+    root = find_photographs(args.data)
+    print(f'Test images: {describe_photographs(root)[1]}; sigma = {args.sigma}.\n')
+    print('| network | parameters | receptive field | PSNR (dB) | SSIM | old protocol (dB) | training (min) | s / image |')
+    print('|---|---|---|---|---|---|---|---|')
+    for name in args.nets:
+        folder = Path(args.checkpoints) / name
+        net, history = load_network(name, folder)
+        denoise = self_ensemble(net) if args.self_ensemble else net
+        scores = benchmark(denoise, benchmark_pairs(root, args.sigma))
+        error = scores['psnr'].std(ddof=1) / math.sqrt(len(scores['psnr']))
+        old = np.array([old_protocol(denoise, root, args.sigma, seed) for seed in range(args.repeats)])
+        old = f'{old.mean():.2f} ± {old.std(ddof=1):.2f}' if args.repeats > 1 else 'not run'
+        minutes = sum(nt._read(str(folder / 'checkpoint.pth.tar'), 'cpu').get('Seconds', [])) / 60
+        title = (f'{type(net).__name__}({net.D}), {len(history)} epochs'
+                 + ", course's batch norm" * name.endswith('_course') + ', self-ensemble' * args.self_ensemble)
+        print(f'| {title} | {count_parameters(net):,} | {net.receptive_field} | '
+              f'{scores["psnr"].mean():.2f} ± {error:.2f} | {scores["ssim"].mean():.3f} | '
+              f'{old} | {minutes:.0f} | {scores["seconds"].mean():.2f} |', flush=True)
+
+
+def denoise(args):
+    """Denoises one image file."""
+    denoise_file(load_network(args.net)[0].to(nt.find_device()), args.source, args.target)
+
+
+def parse(words=None):
+    """The options of the command line. Each command's are explained by ``COMMAND --help``."""
+    parser = argparse.ArgumentParser(prog='denoising_utils', description=__doc__.split('\n')[0])
+    commands = parser.add_subparsers(required=True, metavar='train | evaluate | denoise | fetch')
+
+    def command(function, **options):
+        sub = commands.add_parser(function.__name__, help=function.__doc__.split('\n')[0],
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(function=function, **options)
+        return sub.add_argument
+
+    add = command(train)
+    add('--net', choices=NETWORKS, default='dncnn', help='which network')
+    add('--data', help='folder with train/ and test/ (default: see find_photographs)')
+    add('--out', help='folder of the checkpoint (default: experiments/NET)')
+    add('--D', type=int, default=6, help='blocks')
+    add('--C', type=int, default=64, help='features per layer')
+    add('--batch-norm', choices=('usual', 'course'), default='usual', help='see DnCNN')
+    add('--zero-last', action=argparse.BooleanOptionalAction, default=True, help='start as the identity')
+    add('--sigma', type=float, default=30, help='noise level, 0..255')
+    add('--epochs', type=int, default=200, help='epochs in all')
+    add('--crops', type=int, default=2, help='crops of each photograph an epoch')
+    add('--size', type=int, default=64, help='side of the crops in pixels')
+    add('--batch', type=int, default=4, help='crops a step')
+    add('--no-augment', action='store_true', help='no flips and quarter turns')
+    add('--lr', type=float, default=5e-3, help='peak learning rate of Adam')
+    add('--warm-up', type=float, default=0.1, help='share of the epochs before the peak; then a cosine to 0')
+    add('--grad-clip', type=float, default=0.2, help='bound on the norm of the gradient')
+    add('--precision', choices=('float32', 'bfloat16', 'float16'), default='bfloat16', help='of training')
+    add('--seed', type=int, default=0, help='of initialisation, batches and noise')
+    add('--hold-out', action='store_true', help='train without every tenth photograph and test on those')
+    add = command(evaluate)
+    add('nets', nargs='*', default=list(NETWORKS), help='which networks')
+    add('--data', help='folder with train/ and test/ (default: see find_photographs)')
+    add('--checkpoints', default=HERE / 'checkpoints', help='folder that holds a folder a network')
+    add('--sigma', type=float, default=30, help='noise level, 0..255')
+    add('--repeats', type=int, default=20, help='draws of the old protocol')
+    add('--self-ensemble', action='store_true', help='mean over the eight flips and quarter turns of each image')
+    add = command(denoise)
+    add('source', help='image file to read')
+    add('target', help='image file to write')
+    add('--net', choices=NETWORKS, default='dudncnn', help='which network')
+    add = command(fetch)
+    add('--destination', help='folder (default: BSDS300/ beside this file)')
+    return parser.parse_args(words)
+
+
+def main(words=None):
+    args = parse(words)
+    args.function(args) if args.function is not fetch else print(fetch(args.destination))
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f'{type(error).__name__}: {error}') from None

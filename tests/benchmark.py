@@ -1,0 +1,308 @@
+"""How fast it is, side by side with the plainest PyTorch that does the same.
+
+    python tests/benchmark.py           # minutes; leave the machine alone meanwhile
+    python tests/benchmark.py --quick   # seconds: only shows that it runs
+
+Each comparison alternates between its two sides and takes the median of each, so that a machine that
+gets slower meanwhile slows both. Needs the photographs (environment variable BSDS300, or it fetches).
+"""
+import argparse
+import contextlib
+import copy
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch.utils.data as td
+from PIL import Image
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+import denoising_utils as du  # noqa: E402
+import nntools as nt  # noqa: E402
+
+
+def seconds(*functions, repeats):
+    """Median seconds of each function, called in turns after one call to warm up."""
+    times = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for k in range(len(functions)):
+            k = (k + turn) % len(functions)  # each goes first as often
+            begin = time.perf_counter()
+            functions[k]()
+            times[k].append(time.perf_counter() - begin)
+    return [statistics.median(t[1:]) for t in times]
+
+
+def row(name, *columns):
+    print(f'{name:<46}' + ''.join(f'{column:>17}' for column in columns), flush=True)
+
+
+def quietly(function, *args, **options):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*args, **options)
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+class Tiny(nt.NeuralNetwork):
+    """About 5,000 parameters: here the overhead of a step shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+
+    def forward(self, x):
+        return self.layers(x)
+
+    def criterion(self, y, d):
+        return F.cross_entropy(y, d)
+
+
+def compare_epochs(name, net, data, batch_size, repeats, aim):
+    """An epoch of `Experiment` (its checkpoint apart, which has a row of its own) and the bare loop
+    over the same batches."""
+    bare_net = copy.deepcopy(net)
+    with tempfile.TemporaryDirectory() as folder:
+        exp = nt.Experiment(net, data, None, torch.optim.Adam(net.parameters(), 1e-4), nt.StatsManager(),
+                            folder, batch_size)
+        exp.save = lambda *_: None
+        bare_net.train()
+        adam = torch.optim.Adam(bare_net.parameters(), 1e-4)
+        loader = td.DataLoader(data, batch_size, shuffle=True, drop_last=True)
+
+        def bare():
+            total = 0.0
+            for x, d in loader:
+                adam.zero_grad()
+                loss = bare_net.criterion(bare_net(x), d)
+                loss.backward()
+                adam.step()
+                total += loss.item()
+
+        def experiment():
+            quietly(exp.run, exp.epoch + 1)
+
+        a, b = seconds(bare, experiment, repeats=repeats)
+    steps = len(loader)
+    row(name, f'{1e3 * a:.1f} ms', f'{1e3 * b:.1f} ms', f'{100 * (b / a - 1):+.2f} %', aim)
+    row('    overhead a step', '', f'{1e6 * (b - a) / steps:.0f} us')
+
+
+def loop(args, root):
+    row('An epoch', 'bare loop', 'Experiment', 'difference', 'aim')
+    n = 8 if args.quick else 64
+    images = td.TensorDataset(torch.randn(n, 3, args.size, args.size), torch.randn(n, 3, args.size, args.size))
+    compare_epochs(f'  DnCNN(6), {n} crops of {args.size}x{args.size}', du.DnCNN(6), images, 4, args.repeats, '1 %')
+    n = 1024 if args.quick else 8192
+    rows = td.TensorDataset(torch.randn(n, 64), torch.randint(10, (n,)))
+    compare_epochs(f'  {du.count_parameters(Tiny())} parameters, {n} samples', Tiny(), rows, 32,
+                   3 * args.repeats, '5 %')
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+class Decoding(td.Dataset):
+    """The same pairs, each JPEG decoded at each access, as the course's data set did."""
+
+    def __init__(self, files, size, sigma=30):
+        self.files, self.size, self.sigma = files, size, sigma
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, k):
+        image = Image.open(self.files[k]).convert('RGB')
+        left = np.random.randint(image.size[0] - self.size + 1)
+        top = np.random.randint(image.size[1] - self.size + 1)
+        image = image.crop([left, top, left + self.size, top + self.size])
+        clean = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+        return clean + 2 / 255 * self.sigma * torch.randn(clean.shape), clean
+
+
+def data(args, root):
+    row('Samples a second', 'decoding each', 'NoisyBSDSDataset', 'ratio', 'aim')
+    for size in (180, args.size):
+        compare_data(args, root, size)
+
+
+def compare_data(args, root, size):
+    fast = du.NoisyBSDSDataset(root, 'train', (size, size), subset=range(20 if args.quick else 200))
+    slow, n = Decoding(fast.files, size), len(fast)
+    a, b, c = seconds(lambda: [slow[k] for k in range(n)], lambda: [fast[k] for k in range(n)],
+                      lambda: [torch.randn(3, size, size) for _ in range(n)], repeats=args.repeats)
+    row(f'  crops of {size}x{size}', f'{n / a:.0f}', f'{n / b:.0f}', f'{a / b:.2f}', '4')
+    row('    of which drawing the noise', '', f'{100 * c / b:.0f} %')
+
+
+# --- evaluation and checkpoints -------------------------------------------------------------------
+
+def evaluation(args, root):
+    row('Evaluation', 'bare loop', 'Experiment', 'difference')
+    test = du.NoisyBSDSDataset(root, 'test', (180, 180), subset=range(4 if args.quick else 20))
+    net = du.DnCNN(6)
+    with tempfile.TemporaryDirectory() as folder:
+        exp = nt.Experiment(net, test, test, torch.optim.Adam(net.parameters()), du.DenoisingStatsManager(), folder, 4)
+
+        def bare():
+            net.eval()
+            scores = []
+            with torch.inference_mode():
+                for x, d in td.DataLoader(test, 4):
+                    y = net(x)
+                    net.criterion(y, d).item()
+                    scores.append(du.psnr(y, d).mean().item())
+
+        a, b = seconds(bare, exp.evaluate, repeats=args.repeats)
+        row(f'  DnCNN(6), {len(test)} crops of 180x180', f'{1e3 * a:.0f} ms', f'{1e3 * b:.0f} ms', f'{100 * (b / a - 1):+.2f} %')
+
+        quietly(exp.run, 1)  # so that Adam has a state
+        bare_path = Path(folder) / 'bare.pth'
+        save, load, plain = seconds(exp.save, exp.load, lambda: torch.save(exp.state_dict(), bare_path), repeats=args.repeats)
+        row('Checkpoint of DnCNN(6) with Adam', 'torch.save', 'save', 'load', 'bytes')
+        row('', f'{1e3 * plain:.1f} ms', f'{1e3 * save:.1f} ms', f'{1e3 * load:.1f} ms',
+            f'{os.path.getsize(exp.checkpoint_path):,}')
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+def sgemm_peak(repeats):
+    """GFLOP/s of the best of several square matrix products: what this machine can do."""
+    best = 0.0
+    for n in (1024, 2048):
+        a, b = torch.randn(n, n), torch.randn(n, n)
+        (t,) = seconds(lambda a=a, b=b: a @ b, repeats=max(3, repeats))
+        best = max(best, 2 * n**3 / t / 1e9)
+    return best
+
+
+def flops(net, x):
+    """Floating-point operations of the convolutions of one training step: forward, and twice that
+    backward, but for the gradient with respect to the image, which nobody needs."""
+    total = 0
+
+    def count(conv, inputs, output):
+        nonlocal total
+        n = 2 * output.numel() * conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+        total += 2 * n if conv is net.conv[0] else 3 * n
+
+    hooks = [conv.register_forward_hook(count) for conv in net.conv]
+    with torch.no_grad():
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def train_step(net, x, d, precision=None):
+    adam = torch.optim.Adam(net.parameters(), 1e-4)
+    net.train()
+
+    def step():
+        adam.zero_grad()
+        with torch.autocast('cpu', dtype=precision, enabled=precision is not None):
+            loss = net.criterion(net(x), d)
+        loss.backward()
+        adam.step()
+        return loss.item()
+
+    return step
+
+
+def fold(net):
+    """A copy for inference in which each batch norm is part of the convolution before it."""
+    net = copy.deepcopy(net).eval()
+    for k in range(net.D):
+        net.conv[k + 1] = fuse_conv_bn_eval(net.conv[k + 1], net.bn[k])
+        net.bn[k] = torch.nn.Identity()
+    return net
+
+
+@contextlib.contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def arithmetic(args, root):
+    peak = sgemm_peak(args.repeats)
+    last = memory_format = torch.channels_last
+    print(f'sgemm peak: {peak:.0f} GFLOP/s with {torch.get_num_threads()} threads')
+    row(f'A training step, 4 crops of {args.size}x{args.size}', 'ms', 'GFLOP/s', 'of the peak', 'to plain')
+    x, d = torch.randn(4, 3, args.size, args.size), torch.randn(4, 3, args.size, args.size)
+    for name in du.NETWORKS:
+        net = du.make_network(name)
+        work = flops(net, x)
+
+        def variant(channels_last=False, precision=None, net=net):
+            copied, a, b = copy.deepcopy(net), x, d
+            if channels_last:
+                copied, a, b = copied.to(memory_format=memory_format), x.to(memory_format=last), d.to(memory_format=last)
+            return train_step(copied, a, b, precision)
+
+        names = ['plain', 'channels_last', 'bfloat16', 'bfloat16, channels_last']
+        times = seconds(variant(), variant(True), variant(False, torch.bfloat16), variant(True, torch.bfloat16),
+                        repeats=args.repeats)
+        if torch.get_num_threads() > 1:
+            single = variant(True)
+            with threads(1):
+                times += seconds(single, repeats=args.repeats)
+            names.append('channels_last, one thread')
+        for label, t in zip(names, times):
+            row(f'  {name}(6), {label}', f'{1e3 * t:.1f}', f'{work / t / 1e9:.0f}', f'{100 * work / t / 1e9 / peak:.0f} %',
+                f'{times[0] / t:.2f} x')
+
+    row('Inference, one photograph of 481x321', 'ms', '', '', 'to plain')
+    x = torch.randn(1, 3, 321, 481)
+    for name in du.NETWORKS:
+        net = du.make_network(name).eval()
+        folded = fold(net)
+        lasts = [copy.deepcopy(n).to(memory_format=last) for n in (net, folded)]
+        xl = x.to(memory_format=last)
+
+        def bf16(net=lasts[1], xl=xl):
+            with torch.autocast('cpu', dtype=torch.bfloat16):
+                return net(xl)
+
+        with torch.inference_mode():
+            assert torch.allclose(net(x), folded(x), atol=1e-4)
+            times = seconds(lambda: net(x), lambda: folded(x), lambda: lasts[0](xl), lambda: lasts[1](xl), bf16,  # noqa: B023
+                            repeats=args.repeats)
+        for label, t in zip(('plain', 'batch norm folded', 'channels_last', 'channels_last, folded',
+                             'channels_last, folded, bfloat16'), times):
+            row(f'  {name}(6), {label}', f'{1e3 * t:.1f}', '', '', f'{times[0] / t:.2f} x')
+
+
+PARTS = {'loop': loop, 'data': data, 'evaluation': evaluation, 'arithmetic': arithmetic}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='small and few: the figures mean nothing')
+    parser.add_argument('--only', choices=PARTS, nargs='+', default=list(PARTS))
+    parser.add_argument('--size', type=int, help='of the crops in training (default: 64)')
+    parser.add_argument('--repeats', type=int, help='of each measurement (default: 9)')
+    args = parser.parse_args()
+    args.size = args.size or (32 if args.quick else 64)
+    args.repeats = args.repeats or (1 if args.quick else 9)
+    root = du.find_photographs() if {'data', 'evaluation'} & set(args.only) else None
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, '
+          f'median of {args.repeats}')
+    for part in args.only:
+        print()
+        PARTS[part](args, root)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,555 @@
+"""Data, networks, statistics, pictures and command line of denoising_utils, as a user sees them."""
+import io
+import math
+import shutil
+import tarfile
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import denoising_utils as du
+import nntools as nt
+
+matplotlib.use('agg')
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six photographs to train and three to test, of both orientations; written in no order."""
+    random = np.random.default_rng(0)
+    for mode, count in (('train', 6), ('test', 3)):
+        (tmp_path / mode).mkdir()
+        for k in reversed(range(count)):
+            size = (48, 64, 3) if k % 2 else (64, 48, 3)
+            pixels = random.integers(0, 256, size, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / mode / f'{k}.png')
+    (tmp_path / 'train' / 'Thumbs.db').write_text('not an image, and not to be read')
+    return tmp_path
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+@settings(max_examples=30)
+@given(height=st.integers(1, 48), width=st.integers(1, 48), mode=st.sampled_from(['train', 'test']))
+def test_image_size_is_respected_for_both_orientations(height, width, mode):
+    data = samples(mode, (height, width))
+    for k in range(len(data)):
+        noisy, clean = data[k]
+        assert noisy.shape == clean.shape == (3, height, width)
+        assert -1 <= clean.min() and clean.max() <= 1
+
+
+def samples(mode, image_size, **options):
+    """A data set over images in memory of 48x64 and 64x48 pixels."""
+    if not hasattr(samples, 'folder'):
+        import tempfile
+        from pathlib import Path
+        samples.folder = tempfile.TemporaryDirectory()
+        for sub in ('train', 'test'):
+            (Path(samples.folder.name) / sub).mkdir()
+            for k, size in enumerate(((48, 64), (64, 48))):
+                ramp = np.add.outer(np.arange(size[0]), 3 * np.arange(size[1])) % 256
+                Image.fromarray(np.stack([ramp] * 3, 2).astype(np.uint8)).save(
+                    Path(samples.folder.name) / sub / f'{k}.png')
+    return du.NoisyBSDSDataset(samples.folder.name, mode, image_size, **options)
+
+
+def test_crops_come_from_everywhere_in_the_photograph(folder):
+    """Corners are drawn for the crop that is taken: the first and last row and column are reached."""
+    rows, columns = np.mgrid[:64, :48].astype(np.uint8)
+    Image.fromarray(np.stack([rows, columns, 0 * rows], 2)).save(folder / 'train' / '0.png')
+    data = du.NoisyBSDSDataset(folder, 'train', (40, 40), sigma=0, subset=[0])
+    corners = ((data[0][1][:2, 0, 0] + 1) * 127.5 for _ in range(600))
+    tops, lefts = zip(*(corner.round().int().tolist() for corner in corners))
+    assert set(tops) == set(range(64 - 40 + 1))
+    assert set(lefts) == set(range(48 - 40 + 1))
+
+
+def test_a_crop_as_large_as_the_photograph(folder):
+    data = du.NoisyBSDSDataset(folder, 'test', (64, 48), sigma=0, subset=[0, 2])
+    assert torch.equal(data[0][1], du.read_photograph(folder / 'test' / '0.png') / 127.5 - 1)
+
+
+def test_noise_has_the_standard_deviation_asked_for(folder):
+    data = du.NoisyBSDSDataset(folder, 'test', (48, 48), sigma=50)
+    noise = torch.stack([noisy - clean for noisy, clean in (data[k] for k in range(3))])
+    assert noise.std().item() == pytest.approx(2 * 50 / 255, rel=0.02)
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+
+
+def test_test_items_are_fixed_and_training_items_are_not(folder):
+    test, train = (du.NoisyBSDSDataset(folder, mode, (32, 32)) for mode in ('test', 'train'))
+    assert all(torch.equal(a, b) for a, b in zip(test[1], test[1]))
+    assert not torch.equal(test[0][0] - test[0][1], test[1][0] - test[1][1])
+    assert not torch.equal(train[1][0], train[1][0])
+    assert not torch.equal(test[1][0], du.NoisyBSDSDataset(folder, 'test', (32, 32), seed=1)[1][0])
+    torch.manual_seed(5)
+    first = train[1]
+    torch.manual_seed(5)
+    assert all(torch.equal(a, b) for a, b in zip(first, train[1]))
+
+
+def test_evaluation_is_the_same_to_the_last_bit_on_any_number_of_workers(folder, tmp_path):
+    net = du.DnCNN(1, C=4)
+    summaries = []
+    for workers in (0, 1, 2):
+        data = du.NoisyBSDSDataset(folder, 'test', (32, 32))
+        exp = nt.Experiment(net, data, data, torch.optim.Adam(net.parameters()), du.DenoisingStatsManager(),
+                            output_dir=tmp_path / f'w{workers}', batch_size=2, num_workers=workers)
+        summaries += [exp.evaluate(), exp.evaluate()]
+    assert all(summary == summaries[0] for summary in summaries)
+
+
+def test_augmentation_gives_all_eight_flips_and_turns(folder):
+    data = du.NoisyBSDSDataset(folder, 'train', (48, 48), sigma=0, augment=True, subset=[0])
+    seen = {data[0][1].numpy().tobytes() for _ in range(1500)}
+    assert len(seen) == 8 * 17  # every row that the crop can start at
+
+
+def test_cache_off_gives_the_same_items(folder):
+    on, off = (du.NoisyBSDSDataset(folder, 'test', (32, 32), cache=cache) for cache in (True, False))
+    assert off.images is None
+    assert all(torch.equal(on[k][0], off[k][0]) for k in range(3))
+
+
+def test_repr_tells_what_identifies_the_data_but_no_path(folder):
+    text = repr(du.NoisyBSDSDataset(folder, 'train', (32, 40), 25, subset=range(4), crops=3, augment=True))
+    assert str(folder) not in text
+    for part in ('train', '(32, 40)', 'sigma=25', 'photographs=4', 'range(0, 4)', 'crops=3', 'augment'):
+        assert part in text
+
+
+def test_files_are_sorted_and_crops_repeat_them(folder):
+    data = du.NoisyBSDSDataset(folder, 'train', (32, 32), crops=2)
+    assert [file.name for file in data.files] == [f'{k}.png' for k in range(6)]
+    assert len(data) == 12 and len(list(data)) == 12
+
+
+@pytest.mark.parametrize('options, error, words', [
+    (dict(mode='validation'), ValueError, "'train' or 'test', got 'validation'"),
+    (dict(sigma=-1), ValueError, 'sigma must be 0 or more, got -1'),
+    (dict(sigma=math.nan), ValueError, 'sigma'),
+    (dict(image_size=(65, 32)), ValueError, '1.png has 48x64 pixels, less than image_size 65x32'),
+    (dict(image_size=(0, 5)), ValueError, 'image_size must be (height, width)'),
+    (dict(image_size=(5.5, 5)), ValueError, 'image_size'),
+    (dict(crops=0), ValueError, 'crops must be'),
+])
+def test_bad_arguments_of_the_data_set(folder, options, error, words):
+    (folder / 'train' / '0.png').unlink()
+    with pytest.raises(error, match='(?s)' + __import__('re').escape(words)):
+        du.NoisyBSDSDataset(folder, **{'image_size': (32, 32), **options})
+
+
+def test_bad_folders_and_files(folder):
+    with pytest.raises(FileNotFoundError, match='there is no folder .*nowhere'):
+        du.NoisyBSDSDataset(folder / 'nowhere')
+    (folder / 'train' / 'torn.jpg').write_bytes(b'\xff\xd8\xff')
+    with pytest.raises(ValueError, match='torn.jpg is not a readable image'):
+        du.NoisyBSDSDataset(folder, 'train', (32, 32))
+    shutil.rmtree(folder / 'test')
+    (folder / 'test').mkdir()
+    with pytest.raises(FileNotFoundError, match='no image in'):
+        du.NoisyBSDSDataset(folder, 'test', (32, 32))
+    with pytest.raises(IndexError):
+        samples('test', (8, 8))[2]
+
+
+# --- where the photographs are -------------------------------------------------------------------
+
+def test_argument_before_environment_before_checkout(folder, tmp_path, monkeypatch):
+    other = tmp_path / 'other' / 'images'
+    shutil.copytree(folder / 'train', other / 'train')
+    shutil.copytree(folder / 'test', other / 'test')
+    monkeypatch.setenv('BSDS300', str(tmp_path / 'other'))
+    assert du.find_photographs() == other
+    assert du.find_photographs(folder) == folder
+    monkeypatch.setenv('BSDS300', str(tmp_path / 'absent'))
+    with pytest.raises(FileNotFoundError, match='environment variable BSDS300 is .*absent'):
+        du.find_photographs()
+    monkeypatch.delenv('BSDS300')
+    monkeypatch.setattr(du, 'HERE', tmp_path)
+    shutil.copytree(other, tmp_path / 'BSDS300' / 'images')
+    assert du.find_photographs() == tmp_path / 'BSDS300' / 'images'
+
+
+def archive_of(folder, change=None):
+    """A BSDS300-images.tgz of a folder, as bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w:gz') as archive:
+        archive.add(folder, 'BSDS300/images')
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def served(folder, tmp_path, monkeypatch):
+    """Makes the download give chosen bytes, and the manifest that of ``folder``."""
+    import hashlib
+    names = sorted(f'{f.parent.name}/{f.name}' for f in folder.glob('*/*.png'))
+    manifest = tmp_path / 'manifest'
+    manifest.write_text(''.join(
+        f'{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n' for name in names))
+    monkeypatch.setattr(du, 'MANIFEST', manifest)
+
+    def serve(content):
+        def download(url, root, filename):
+            if content is None:
+                raise OSError('Network is unreachable')
+            (du.Path(root) / filename).write_bytes(content)
+        monkeypatch.setattr(du, 'download_url', download)
+    return serve
+
+
+def test_download_is_checked_and_complete_or_absent(folder, served, tmp_path):
+    home = tmp_path / 'home'
+    for content, problem in ((None, 'could not be downloaded'), (b'a page that says no', 'is damaged'),
+                             (archive_of(folder)[:-500], 'is damaged')):
+        served(content)
+        with pytest.raises(OSError, match=f'(?s){problem} .*Try again'):
+            du.fetch(home)
+        assert list(home.iterdir()) == []
+    (folder / 'train' / '3.png').write_bytes(b'other')
+    served(archive_of(folder))
+    with pytest.raises(OSError, match='1 of the .* missing or damaged.*train/3.png'):
+        du.fetch(home)
+    assert list(home.iterdir()) == []
+
+
+def test_download_again_after_a_failure(folder, served, tmp_path):
+    served(None)
+    with pytest.raises(OSError):
+        du.fetch(tmp_path / 'home')
+    served(archive_of(folder))
+    assert sorted(f.name for f in (du.fetch(tmp_path / 'home') / 'train').glob('*.png')) == [
+        f'{k}.png' for k in range(6)]
+    served(None)  # once complete, it isn't downloaded again
+    assert du.fetch(tmp_path / 'home').is_dir()
+
+
+def test_a_damaged_download_is_an_error_even_where_photographs_could_stand_in(served, tmp_path, monkeypatch):
+    monkeypatch.delenv('BSDS300', raising=False)
+    monkeypatch.setattr(du, 'HERE', tmp_path)
+    served(b'please log in to this hotspot')
+    with pytest.raises(OSError, match='is damaged'):
+        du.find_photographs()
+
+
+def test_photographs_of_the_manifest(photographs):
+    is_bsds300, text = du.describe_photographs(photographs)
+    assert is_bsds300 and '200 to train and 100 to test' in text
+
+
+def test_without_network_sample_photographs_stand_in_and_say_so(tmp_path, served, monkeypatch):
+    served(None)
+    monkeypatch.delenv('BSDS300', raising=False)
+    monkeypatch.setattr(du, 'HERE', tmp_path / 'empty')
+    monkeypatch.setattr(du.tempfile, 'gettempdir', lambda: str(tmp_path))
+    folder = du.find_photographs()
+    is_bsds300, text = du.describe_photographs(folder)
+    assert not is_bsds300 and text.startswith('NOT BSDS300')
+    assert len(du.NoisyBSDSDataset(folder, 'test', (320, 320))) == 6
+    assert len(du.NoisyBSDSDataset(folder, 'train', (180, 180))) == 12
+    assert du.find_photographs() == folder
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+NETS = [du.DnCNN, du.UDnCNN, du.DUDnCNN]
+
+
+@pytest.mark.parametrize('D', [0, 1, 2, 6, 14])
+def test_dncnn_parameters_and_receptive_field(D):
+    net = du.DnCNN(D)
+    assert sum(conv.weight.numel() for conv in net.conv) == 36864 * D + 3456
+    assert du.count_parameters(net) == 37056 * D + 3523
+    assert du.measure_receptive_field(net) == net.receptive_field == 2 * D + 5
+
+
+@pytest.mark.parametrize('D', [2, 4, 6, 8])
+def test_udncnn_and_dudncnn_parameters_and_receptive_fields(D):
+    assert du.count_parameters(du.UDnCNN(D)) == du.count_parameters(du.DUDnCNN(D)) == 37056 * D + 3523
+    assert du.measure_receptive_field(du.DUDnCNN(D)) == du.DUDnCNN(D).receptive_field == 2 ** (D // 2 + 2) + 1
+    if D <= 6:  # the measurement takes long for 8
+        assert du.measure_receptive_field(du.UDnCNN(D)) == du.UDnCNN(D).receptive_field == 9 * 2 ** (D // 2 - 1)
+
+
+def test_dilations():
+    assert [conv.dilation[0] for conv in du.DUDnCNN(6).conv] == [1, 1, 2, 4, 4, 2, 1, 1]
+
+
+@pytest.mark.parametrize('make', NETS)
+def test_names_in_the_state_dict(make):
+    names = set(make(6).state_dict())
+    assert {f'conv.{k}.{kind}' for k in range(8) for kind in ('weight', 'bias')} <= names
+    assert {name.rsplit('.', 1)[0] for name in names if name.startswith('bn')} == {f'bn.{k}' for k in range(6)}
+
+
+@settings(max_examples=25)
+@given(make=st.sampled_from(NETS), half=st.integers(1, 4), channels=st.integers(1, 4), n=st.integers(1, 2),
+       height=st.integers(8, 40), width=st.integers(8, 40))
+def test_any_size_and_any_number_of_channels(make, half, channels, n, height, width):
+    net = make(2 * half, C=2, channels=channels).eval()
+    x = torch.randn(n, channels, height, width)
+    assert net(x).shape == x.shape
+
+
+@pytest.mark.parametrize('make', NETS)
+def test_every_convolution_takes_part(make):
+    """Each weight changes the output: in an earlier solution most had no effect."""
+    torch.manual_seed(0)
+    net = make(6, C=4)
+    x = torch.randn(1, 3, 32, 32)
+    before = net(x)
+    for conv in net.conv:
+        with torch.no_grad():
+            conv.weight.mul_(1.1).add_(0.01)
+        after = net(x)
+        assert not torch.allclose(before, after, atol=1e-5)
+        before = after
+
+
+def test_udncnn_by_hand():
+    """The forward pass of D = 4 written out, from the assignment's text."""
+    torch.manual_seed(1)
+    net = du.UDnCNN(4, C=3).eval()
+    relu, pool, unpool = torch.relu, torch.nn.functional.max_pool2d, torch.nn.functional.max_unpool2d
+    x = torch.randn(1, 3, 13, 10)
+    first = relu(net.conv[0](x))
+    h = relu(net.bn[0](net.conv[1](first)))
+    pooled, where = pool(h, 2, return_indices=True)
+    h = relu(net.bn[1](net.conv[2](pooled)))
+    h = relu(net.bn[2](net.conv[3](h)))
+    h = unpool((h + pooled) / 2 ** 0.5, where, 2, output_size=(13, 10))
+    h = relu(net.bn[3](net.conv[4](h)))
+    expected = x + net.conv[5]((h + first) / 2 ** 0.5)
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_dudncnn_by_hand():
+    """The same for the dilated one: without poolings and unpoolings."""
+    torch.manual_seed(1)
+    net = du.DUDnCNN(4, C=3).eval()
+
+    def conv(k, h, dilation):
+        return torch.conv2d(h, net.conv[k].weight, net.conv[k].bias, padding=dilation, dilation=dilation)
+
+    x = torch.randn(1, 3, 13, 10)
+    first = torch.relu(conv(0, x, 1))
+    fine = torch.relu(net.bn[0](conv(1, first, 1)))
+    h = torch.relu(net.bn[1](conv(2, fine, 2)))
+    h = torch.relu(net.bn[2](conv(3, h, 2)))
+    h = torch.relu(net.bn[3](conv(4, (h + fine) / 2 ** 0.5, 1)))
+    torch.testing.assert_close(net(x), x + conv(5, (h + first) / 2 ** 0.5, 1))
+
+
+def test_initialisation_options():
+    torch.manual_seed(0)
+    he, default = du.DnCNN(2, C=64), du.DnCNN(2, C=64, he_init=False)
+    assert he.conv[1].weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
+    assert default.conv[1].weight.std().item() == pytest.approx(math.sqrt(1 / (3 * 9 * 64)), rel=0.02)
+    assert he.bn[0].eps == 1e-5 and he.bn[0].weight[0] == 1
+    course = du.DnCNN(2, C=16, batch_norm='course')
+    assert course.bn[0].eps == 16 and course.bn[0].weight[0] == 5
+    assert du.DnCNN(2, C=16, batch_norm='course', he_init=False).bn[0].weight[0] == 1
+    x = torch.randn(1, 3, 9, 9)
+    assert torch.equal(du.DUDnCNN(6, zero_last=True)(x), x)
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda: du.DnCNN(-1), 'D must be a whole number, 0 or more, got -1'),
+    (lambda: du.DnCNN(2.5), 'got 2.5'),
+    (lambda: du.DnCNN(2, C=0), 'C must be'),
+    (lambda: du.DnCNN(2, batch_norm='none'), "'usual' or 'course', got 'none'"),
+    (lambda: du.UDnCNN(0), 'D must be an even number, 2 or more, got 0'),
+    (lambda: du.UDnCNN(3), 'got 3'),
+    (lambda: du.DUDnCNN(5), 'got 5'),
+    (lambda: du.UDnCNN(6)(torch.zeros(1, 3, 3, 30)), 'at least 4 pixels for D = 6'),
+    (lambda: du.make_network('unet'), "dncnn, udncnn, dudncnn, got 'unet'"),
+])
+def test_bad_networks(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+# --- statistics and pictures ---------------------------------------------------------------------
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_psnr_is_the_mean_over_images_whatever_the_batches(sizes):
+    random = torch.Generator().manual_seed(sum(sizes))
+    d = torch.rand(sum(sizes), 3, 8, 8, generator=random) * 2 - 1
+    y = d + torch.rand(len(d), 1, 1, 1, generator=random) * torch.randn(d.shape, generator=random)
+    stats = du.DenoisingStatsManager()
+    for y_batch, d_batch in zip(y.split(sizes), d.split(sizes)):
+        stats.accumulate((y_batch - d_batch).square().mean().item(), y_batch, y_batch, d_batch)
+    by_hand = [10 * math.log10(4 / (a - b).double().square().mean().item()) for a, b in zip(y, d)]
+    summary = stats.summarize()
+    assert summary['PSNR'] == pytest.approx(np.mean(by_hand))
+    assert summary['loss'] == pytest.approx((y - d).square().mean().item(), rel=1e-5)
+
+
+def test_myimshow_maps_and_clips():
+    import matplotlib.pyplot as plt
+    _, ax = plt.subplots()
+    image = torch.tensor([[-1.0, 0.0], [1.0, 3.0]]).expand(3, 2, 2)
+    shown = du.myimshow(image, ax=ax).get_array()
+    assert shown.shape == (2, 2, 3)
+    assert shown[..., 0].tolist() == [[0, 0.5], [1, 1]]
+    assert du.myimshow(image[:1]).get_array().shape == (2, 2)
+    plt.close('all')
+
+
+def test_plot_draws_images_and_both_curves(folder, tmp_path):
+    import matplotlib.pyplot as plt
+    train, test = (du.NoisyBSDSDataset(folder, mode, (16, 16)) for mode in ('train', 'test'))
+    net = du.DnCNN(0, C=2)
+    exp = nt.Experiment(net, train, test, torch.optim.Adam(net.parameters()), du.DenoisingStatsManager(),
+                        output_dir=tmp_path / 'exp', batch_size=2, perform_validation_during_training=True)
+    fig, axes = plt.subplots(2, 2)
+    calls = []
+    exp.run(3, plot=lambda exp: (du.plot(exp, fig, axes, test[0][0], visu_rate=1, clean=test[0][1]),
+                                 calls.append(len(axes[1][0].lines))))
+    assert calls == [0, 2, 2, 2]
+    assert len(axes[1][1].lines[0].get_xdata()) == 3
+    assert axes[0][0].get_title().endswith('dB') and len(axes[0][1].images) == 1
+    assert [text.get_text() for text in axes[1][1].get_legend().get_texts()] == ['training', 'validation']
+    plt.close('all')
+
+
+# --- whole photographs ---------------------------------------------------------------------------
+
+@settings(max_examples=15)
+@given(make=st.sampled_from(NETS), height=st.integers(20, 90), width=st.integers(20, 90), tile=st.integers(1, 60))
+def test_tiles_leave_no_trace(make, height, width, tile):
+    torch.manual_seed(height)
+    net, image = make(4, C=3).eval(), torch.rand(3, height, width) * 2 - 1
+    with torch.no_grad():
+        whole = net(image[None])[0]
+    torch.testing.assert_close(du.denoise_image(net, image, tile), whole, atol=2e-5, rtol=0)
+
+
+def test_kinds_of_files(tmp_path):
+    net = du.DnCNN(0, C=2, zero_last=True)  # the identity, so that the pixels can be followed
+    ramp = np.arange(20 * 30).reshape(20, 30)
+    colours = np.stack([ramp % 256, ramp % 200, ramp % 99], 2).astype(np.uint8)
+    rgb = Image.fromarray(colours)
+    alpha = Image.fromarray((ramp % 251).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    transparent = rgb.copy()
+    transparent.putalpha(alpha)
+    cases = {'rgb.png': (rgb, 'RGB'), 'grey.png': (Image.fromarray(colours[..., 0]), 'L'),
+             'palette.png': (rgb.quantize(16), 'RGB'), 'alpha.png': (transparent, 'RGBA'),
+             'deep.png': (Image.fromarray((ramp * 109).astype(np.uint16)), 'L')}
+    for name, (image, mode) in cases.items():
+        image.save(tmp_path / name)
+        du.denoise_file(net, tmp_path / name, tmp_path / f'out-{name}')
+        with Image.open(tmp_path / f'out-{name}') as result:
+            assert (result.size, result.mode) == ((30, 20), mode), name
+            if name == 'deep.png':
+                assert np.abs(np.array(result) - ramp * 109 / 257).max() <= 1
+            elif mode == image.mode:
+                assert np.array_equal(np.array(result), np.array(image)), name
+            else:
+                assert np.array_equal(np.array(result), np.array(image.convert(mode))), name
+    rgb.save(tmp_path / 'turned.jpg', exif=exif)
+    du.denoise_file(net, tmp_path / 'turned.jpg', tmp_path / 'upright.png')
+    with Image.open(tmp_path / 'upright.png') as result:
+        assert result.size == (20, 30)
+    with pytest.raises(ValueError, match='is the file to read'):
+        du.denoise_file(net, tmp_path / 'rgb.png', tmp_path / 'rgb.png')
+    (tmp_path / 'text.png').write_text('hello')
+    with pytest.raises(ValueError, match='text.png is not a readable image'):
+        du.denoise_file(net, tmp_path / 'text.png', tmp_path / 'out.png')
+
+
+def test_memory_is_bounded():
+    """Features of the whole image would take C times its size; tiles take no more than the result."""
+    net, image = du.DnCNN(1, C=16), torch.zeros(3, 1500, 2000)
+    before = peak_memory()
+    du.denoise_image(net, image, tile=128)
+    assert peak_memory() - before < 4 * image.nbytes
+
+
+def peak_memory():
+    """The process's peak resident memory in bytes."""
+    resource = pytest.importorskip('resource')
+    import sys
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+@pytest.mark.parametrize('make', NETS)
+def test_self_ensemble_treats_flips_and_turns_alike(make):
+    torch.manual_seed(0)
+    denoise = du.self_ensemble(make(2, C=4).eval())
+    x = torch.randn(1, 3, 12, 16)
+    with torch.no_grad():
+        y = denoise(x)
+        assert y.shape == x.shape
+        assert torch.allclose(denoise(x.flip(-1)), y.flip(-1), atol=1e-5)
+        assert torch.allclose(denoise(x.rot90(1, (-2, -1))), y.rot90(1, (-2, -1)), atol=1e-5)
+
+
+# --- evaluation and command line -----------------------------------------------------------------
+
+def test_benchmark_pairs_are_the_centre_with_one_noise_for_all(folder):
+    pairs = list(du.benchmark_pairs(folder, sigma=30, size=32))
+    random = torch.Generator().manual_seed(123)
+    for k, (noisy, clean) in enumerate(pairs):
+        photograph = du.read_photograph(folder / 'test' / f'{k}.png')
+        top, left = (photograph.shape[1] - 32) // 2, (photograph.shape[2] - 32) // 2
+        expected = photograph[None, :, top:top + 32, left:left + 32] / 127.5 - 1
+        assert torch.equal(clean, expected)
+        torch.testing.assert_close(noisy - clean, 60 / 255 * torch.randn(clean.shape, generator=random),
+                                   atol=1e-6, rtol=0)
+    scores = du.benchmark(lambda noisy: noisy, pairs)
+    assert scores['psnr'].mean() == pytest.approx(18.59, abs=0.2)
+
+
+def test_train_command_twice_gives_the_same_weights_and_resumes(folder, tmp_path, capsys):
+    words = ['train', '--net', 'dudncnn', '--data', str(folder), '--D', '2', '--C', '4', '--size', '16',
+             '--crops', '2', '--epochs', '4']
+    (folder / 'small').mkdir()
+    for mode in ('train', 'test'):  # validation crops have 96 pixels
+        for file in (folder / mode).glob('*.png'):
+            Image.open(file).resize((200, 190)).save(file)
+    du.main([*words, '--out', str(tmp_path / 'a')])
+    interrupted = du.make_experiment(du.parse([*words, '--out', str(tmp_path / 'b')]))
+    interrupted.run(2)
+    du.main([*words, '--out', str(tmp_path / 'b')])
+    a, b = (nt._read(str(tmp_path / name / 'checkpoint.pth.tar'), 'cpu') for name in 'ab')
+    assert a['History'] == b['History'] and len(a['History']) == 4
+    assert all(torch.equal(a['Net'][name], b['Net'][name]) for name in a['Net'])
+    assert a['Optimizer']['param_groups'][0]['lr'] < 3e-3 / 2  # the schedule went down
+    assert 'Epoch 4/4' in capsys.readouterr().out
+
+
+def test_evaluate_and_denoise_commands(folder, tmp_path, capsys, monkeypatch):
+    for mode in ('train', 'test'):
+        for file in (folder / mode).glob('*.png'):
+            Image.open(file).resize((330, 340)).save(file)
+    exp = du.make_experiment(du.parse(['train', '--data', str(folder), '--D', '1', '--C', '2', '--size', '16',
+                                       '--out', str(tmp_path / 'checkpoints' / 'dncnn')]))
+    exp.run(1)
+    du.main(['evaluate', 'dncnn', '--data', str(folder), '--checkpoints', str(tmp_path / 'checkpoints'),
+             '--repeats', '2'])
+    out = capsys.readouterr().out
+    assert 'NOT BSDS300' in out
+    assert f'| DnCNN(1), 1 epochs | {du.count_parameters(exp.net)} | 7 |' in out
+    monkeypatch.setattr(du, 'HERE', tmp_path)
+    du.main(['denoise', str(folder / 'test' / '0.png'), str(tmp_path / 'out.png'), '--net', 'dncnn'])
+    with Image.open(tmp_path / 'out.png') as image:
+        assert image.size == (330, 340)
+
+
+@pytest.mark.parametrize('name', du.NETWORKS)
+def test_committed_networks_denoise(name, photographs):
+    """Far better than the noisy image, on four test photographs."""
+    net, history = du.load_network(name)
+    assert len(history) >= 200 and isinstance(history[0][1]['PSNR'], float)
+    scores = du.benchmark(net, du.benchmark_pairs(photographs, size=200, subset=range(0, 100, 25)))
+    assert scores['psnr'].mean() > 28.5
