@@ -262,16 +262,18 @@ class Experiment:
         bar.reset()
         self.net.train()
         self.stats_manager.init()
+        without_gradients = torch.no_grad()
         with _randomness(self.seed, self.epoch + 1, self.train_loader):
             for number, batch in enumerate(self._batches(self.train_loader), start=1):
                 loss, x, y, d = self.step(batch)
                 loss = _number(loss)
                 if not math.isfinite(loss):
                     raise self._not_finite(f'the loss is {loss}', number, batch)
-                with torch.no_grad():
+                with without_gradients:
                     self.stats_manager.accumulate(loss, x, y, d)
-                bar.set_postfix_str(f'loss {loss:.4g}', refresh=False)
-                bar.update()
+                if not bar.disable:
+                    bar.set_postfix_str(f'loss {loss:.4g}', refresh=False)
+                    bar.update()
         if not all(torch.isfinite(p).all() for p in self.net.parameters()):  # of the last update
             raise self._not_finite('weights are not finite', number, batch)
         self.net.eval()
@@ -310,18 +312,17 @@ class Experiment:
         if not self.net.training:
             return
         optimizer = optimizer or self.optimizer
-        parameters = [p for group in optimizer.param_groups for p in group['params']]
         optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         if self._distributed_net is not None and not self._averaged:
-            for p in parameters:  # `loss` was not computed through `model`
+            for p in _parameters(optimizer):  # `loss` was not computed through `model`
                 if p.grad is not None:
                     dist.all_reduce(p.grad)
                     p.grad /= _world_size()
         self._averaged = False
         if self.grad_clip is not None:
             self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+            nn.utils.clip_grad_norm_(_parameters(optimizer), self.grad_clip)
         self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -499,7 +500,7 @@ class Experiment:
         """The batches of a loader, on the network's device."""
         device, batch = _device_of(self.net), None
         for batch in loader:
-            yield _to(batch, device)
+            yield batch if device.type == 'cpu' else _to(batch, device)
         _expect(batch is not None or _world_size() > 1,
                 'the data gave no batch: it is empty, or shorter than one batch that may not be short')
 
@@ -604,7 +605,7 @@ class Experiment:
         _expect(_has(stats, 'init', 'accumulate', 'summarize'),
                 f'stats_manager must be a StatsManager, got {stats!r}', TypeError)
         own = {id(p) for _, p in nn.Module.named_parameters(net)}
-        _expect(any(id(p) in own for group in optimizer.param_groups for p in group['params']),
+        _expect(any(id(p) in own for p in _parameters(optimizer)),
                 'optimizer holds no parameter of net: build it from net.parameters()')
         _expect(getattr(self.scheduler, 'optimizer', optimizer) is optimizer,
                 'scheduler belongs to another optimizer: build it from the one given here')
@@ -680,6 +681,10 @@ def _tensors(batch):
             yield from _tensors(part)
 
 
+def _parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group['params']]
+
+
 def _number(loss):
     """A loss as a float."""
     return loss.item() if isinstance(loss, torch.Tensor) else float(loss)
@@ -689,11 +694,13 @@ def _to(batch, device):
     """A batch (tensors in lists, tuples, dicts) moved to a device; anything else stays."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=batch.device.type == 'cpu')  # the way back must wait
+    if isinstance(batch, list):
+        return [_to(value, device) for value in batch]
+    if isinstance(batch, tuple):
+        moved = [_to(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, '_fields') else tuple(moved)
     if isinstance(batch, dict):
         return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        moved = [_to(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, '_fields') else type(batch)(moved)
     return batch.to(device) if hasattr(batch, 'to') else batch
 
 

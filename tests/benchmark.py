@@ -1,7 +1,10 @@
 """How fast it is, side by side with the plainest PyTorch that does the same.
 
-    python tests/benchmark.py           # minutes; leave the machine alone meanwhile
+    make benchmark                      # minutes; leave the machine alone meanwhile
     python tests/benchmark.py --quick   # seconds: only shows that it runs
+
+With `make`, memory that was freed is kept (see the Makefile, and the last table); without it, two runs
+of the same loop can differ by several per cent.
 
 Each comparison alternates between its two sides and takes the median of each, so that a machine that
 gets slower meanwhile slows both. Needs the photographs (environment variable BSDS300, or it fetches).
@@ -9,9 +12,11 @@ gets slower meanwhile slows both. Needs the photographs (environment variable BS
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +34,8 @@ import denoising_utils as du  # noqa: E402
 import nntools as nt  # noqa: E402
 
 
-def seconds(*functions, repeats):
-    """Median seconds of each function, called in turns after one call to warm up."""
+def rounds(*functions, repeats):
+    """The seconds of each function, a list of ``repeats``; called in turns after one call to warm up."""
     times = [[] for _ in functions]
     for turn in range(repeats + 1):
         for k in range(len(functions)):
@@ -38,7 +43,12 @@ def seconds(*functions, repeats):
             begin = time.perf_counter()
             functions[k]()
             times[k].append(time.perf_counter() - begin)
-    return [statistics.median(t[1:]) for t in times]
+    return [t[1:] for t in times]
+
+
+def seconds(*functions, repeats):
+    """Median seconds of each function."""
+    return [statistics.median(t) for t in rounds(*functions, repeats=repeats)]
 
 
 def row(name, *columns):
@@ -52,12 +62,12 @@ def quietly(function, *args, **options):
 
 # --- the loop -------------------------------------------------------------------------------------
 
-class Tiny(nt.NeuralNetwork):
-    """About 5,000 parameters: here the overhead of a step shows."""
+class Small(nt.NeuralNetwork):
+    """A classifier of a few thousand parameters: here the overhead of a step shows."""
 
-    def __init__(self):
+    def __init__(self, *layers):
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        self.layers = torch.nn.Sequential(*layers)
 
     def forward(self, x):
         return self.layers(x)
@@ -67,44 +77,44 @@ class Tiny(nt.NeuralNetwork):
 
 
 def compare_epochs(name, net, data, batch_size, repeats, aim):
-    """An epoch of `Experiment` (its checkpoint apart, which has a row of its own) and the bare loop
-    over the same batches."""
-    bare_net = copy.deepcopy(net)
+    """An epoch of `Experiment` (its checkpoint apart, which has a row of its own), the bare loop over
+    the same batches, and that once more: how far two measurements of the same thing differ."""
     with tempfile.TemporaryDirectory() as folder:
+        nets = [copy.deepcopy(net).train() for _ in range(2)]
         exp = nt.Experiment(net, data, None, torch.optim.Adam(net.parameters(), 1e-4), nt.StatsManager(),
                             folder, batch_size)
         exp.save = lambda *_: None
-        bare_net.train()
-        adam = torch.optim.Adam(bare_net.parameters(), 1e-4)
         loader = td.DataLoader(data, batch_size, shuffle=True, drop_last=True)
 
-        def bare():
+        def bare(net, adam):
             total = 0.0
             for x, d in loader:
                 adam.zero_grad()
-                loss = bare_net.criterion(bare_net(x), d)
+                loss = net.criterion(net(x), d)
                 loss.backward()
                 adam.step()
                 total += loss.item()
 
-        def experiment():
-            quietly(exp.run, exp.epoch + 1)
-
-        a, b = seconds(bare, experiment, repeats=repeats)
-    steps = len(loader)
-    row(name, f'{1e3 * a:.1f} ms', f'{1e3 * b:.1f} ms', f'{100 * (b / a - 1):+.2f} %', aim)
-    row('    overhead a step', '', f'{1e6 * (b - a) / steps:.0f} us')
+        a, again, b = rounds(*[functools.partial(bare, n, torch.optim.Adam(n.parameters(), 1e-4)) for n in nets],
+                             lambda: quietly(exp.run, exp.epoch + 1), repeats=repeats)
+    difference, control = (statistics.median(y / x - 1 for x, y in zip(a, c)) for c in (b, again))
+    step = statistics.median(a) / len(loader)
+    row(name, f'{1e3 * step:.2f} ms', f'{1e6 * step * difference:+.0f} us', f'{100 * difference:+.2f} %',
+        f'{100 * control:+.2f} %', aim)
 
 
 def loop(args, root):
-    row('An epoch', 'bare loop', 'Experiment', 'difference', 'aim')
+    row('A step of an epoch', 'bare loop', 'Experiment', 'difference', 'bare, again', 'aim')
     n = 8 if args.quick else 64
     images = td.TensorDataset(torch.randn(n, 3, args.size, args.size), torch.randn(n, 3, args.size, args.size))
-    compare_epochs(f'  DnCNN(6), {n} crops of {args.size}x{args.size}', du.DnCNN(6), images, 4, args.repeats, '1 %')
-    n = 1024 if args.quick else 8192
-    rows = td.TensorDataset(torch.randn(n, 64), torch.randint(10, (n,)))
-    compare_epochs(f'  {du.count_parameters(Tiny())} parameters, {n} samples', Tiny(), rows, 32,
-                   3 * args.repeats, '5 %')
+    compare_epochs(f'  DnCNN(6), 4 crops of {args.size}x{args.size}', du.DnCNN(6), images, 4, args.repeats, '1 %')
+    n, nn = 256 if args.quick else 4096, torch.nn
+    convolutions = Small(nn.Conv2d(1, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.ReLU(),
+                         nn.Flatten(), nn.Linear(16 * 36, 10))
+    perceptron = Small(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    for name, net, shape in (('convolutional', convolutions, (1, 28, 28)), ('perceptron', perceptron, (64,))):
+        rows = td.TensorDataset(torch.randn(n, *shape), torch.randint(10, (n,)))
+        compare_epochs(f'  {name}, {du.count_parameters(net):,} parameters', net, rows, 32, 5 * args.repeats, '5 %')
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -284,7 +294,40 @@ def arithmetic(args, root):
             row(f'  {name}(6), {label}', f'{1e3 * t:.1f}', '', '', f'{times[0] / t:.2f} x')
 
 
-PARTS = {'loop': loop, 'data': data, 'evaluation': evaluation, 'arithmetic': arithmetic}
+# --- memory ---------------------------------------------------------------------------------------
+
+KEEP = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '4294967296'}  # as in the Makefile
+TIMES = """
+import sys, torch, benchmark as b
+x, repeats = torch.randn(4, 3, int(sys.argv[1]), int(sys.argv[1])), int(sys.argv[2])
+for name in b.du.NETWORKS:
+    net = b.du.make_network(name)
+    print(*b.seconds(b.train_step(net, x, x), repeats=repeats))
+    net.eval()
+    with torch.inference_mode():
+        image = torch.randn(1, 3, 321, 481)
+        print(*b.seconds(lambda: net(image), repeats=repeats))
+"""
+
+
+def memory(args, root):
+    """The C library may give memory back to the system after each layer, or keep it for the next."""
+    def times(settings):
+        environment = {name: value for name, value in os.environ.items() if name not in KEEP} | settings
+        done = subprocess.run([sys.executable, '-c', TIMES, str(args.size), str(args.repeats)], check=True, text=True,
+                              cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE)
+        return [float(line) for line in done.stdout.split()]
+
+    row('Memory that was freed (glibc)', 'given back', 'kept', 'speed-up')
+    runs = [times(settings) for settings in ({}, KEEP, KEEP, {})]  # in this order, against a drift
+    given, kept = np.mean([runs[0], runs[3]], 0), np.mean([runs[1], runs[2]], 0)
+    what = [f'{name}(6), {kind}' for name in du.NETWORKS
+            for kind in (f'step on 4 crops of {args.size}x{args.size}', 'photograph of 481x321')]
+    for label, a, b in zip(what, given, kept):
+        row(f'  {label}', f'{1e3 * a:.0f} ms', f'{1e3 * b:.0f} ms', f'{a / b:.2f} x')
+
+
+PARTS = {'loop': loop, 'data': data, 'evaluation': evaluation, 'arithmetic': arithmetic, 'memory': memory}
 
 
 def main():
@@ -298,7 +341,8 @@ def main():
     args.repeats = args.repeats or (1 if args.quick else 9)
     root = du.find_photographs() if {'data', 'evaluation'} & set(args.only) else None
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, '
-          f'median of {args.repeats}')
+          f'median of {args.repeats}, freed memory is '
+          + ('kept' if KEEP.items() <= os.environ.items() else 'given back'))
     for part in args.only:
         print()
         PARTS[part](args, root)

@@ -121,7 +121,7 @@ def kill_trainings(folder):
     result = {'kills': 0, 'in writing': 0, 'trainings': 0, 'different': [], 'failed': 0}
     planned = [(where, n) for where in ('in the middle', 'before fsync', 'before rename', 'after rename')
                for n in (1, 3, 4)]
-    while result['kills'] < 33:
+    while result['kills'] < 33 or result['trainings'] < 4:
         workers = int(result['trainings'] == 1)
         if workers and with_workers is None:
             assert os.waitpid(start(folder / 'workers', workers), 0)[1] == 0
