@@ -45,6 +45,9 @@ notebook: $(READY)
 	$(headless) tests/run_notebook.py $(NOTEBOOK)
 
 refresh: $(READY)
+	@[ -n "$$BSDS300" ] || [ -d BSDS300/images ] || { \
+	  echo 'The stored outputs are those of BSDS300, which is not here. Name its folder:'; \
+	  echo 'make refresh BSDS300=FOLDER, or fetch it: $(PY) -m denoising_utils fetch'; exit 1; }
 	$(headless) tests/run_notebook.py $(NOTEBOOK) --in-place
 
 lab: $(READY)

@@ -78,6 +78,12 @@ def test_stored_outputs_come_from_one_run_from_top_to_bottom(code):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
 
 
+def test_stored_outputs_are_those_of_bsds300(outputs):
+    stored = '\n'.join(map(texts, outputs))
+    assert 'BSDS300: 200 to train and 100 to test, all checksums right' in stored
+    assert 'NOT BSDS300' not in stored
+
+
 def test_no_error_and_no_warning_is_stored(outputs):
     assert [output for output in outputs if output.output_type == 'error'] == []
     assert [output.text for output in outputs if output.get('name') == 'stderr'] == []
