@@ -266,12 +266,12 @@ class NoisyBSDSDataset(td.Dataset):
 
         height, width = self.image_size
         top, left = draw(image.shape[1] - height + 1), draw(image.shape[2] - width + 1)
-        clean = image[:, top:top + height, left:left + width].float() / 127.5 - 1
+        clean = image[:, top:top + height, left:left + width].float().div_(127.5).sub_(1)
         if self.augment:
             clean = clean.flip([axis for axis in (1, 2) if draw(2)])
             clean = clean.transpose(1, 2) if height == width and draw(2) else clean
-        noise = torch.randn(clean.shape, generator=random)
-        return clean + 2 * self.sigma / 255 * noise, clean.contiguous()
+        noise = torch.randn(clean.shape, generator=random).mul_(2 * self.sigma / 255)
+        return noise.add_(clean), clean.contiguous()
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -661,12 +661,7 @@ def denoise_file(net, source, target, tile=320):
     source, target = Path(source), Path(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f'{target} is the file to read: choose another name for the result')
-    try:
-        with Image.open(source) as image:
-            image = ImageOps.exif_transpose(image)
-            pixels, alpha, grey = _pixels(image)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f'{source} is not a readable image ({error})') from error
+    pixels, alpha, grey = open_image(source)
     denoised = denoise_image(net, pixels, tile)
     values = ((denoised + 1) * 127.5).round_().clamp_(0, 255).byte().permute(1, 2, 0).numpy()
     result = Image.fromarray(values)
@@ -677,9 +672,14 @@ def denoise_file(net, source, target, tile=320):
     result.save(target)
 
 
-def _pixels(image):
-    """A PIL image as a tensor (3, height, width) in [-1, 1], its alpha channel or None, and whether
-    it is grey."""
+def open_image(file):
+    """An image file of any kind, for `denoise_image`: a tensor (3, height, width) in [-1, 1], its alpha
+    channel (a PIL image, or None), and whether it is grey. Raises ValueError if it can't be read."""
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f'{file} is not a readable image ({error})') from error
     alpha = None
     if image.has_transparency_data:
         image = image.convert('LA' if image.mode in ('L', 'LA') else 'RGBA')
