@@ -14,6 +14,8 @@ NOTEBOOK = Assignment4.ipynb
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
+bsds300_is_here = { [ -n "$$BSDS300" ] || [ -d BSDS300/images ]; }
+
 # Runs without a person: no progress bars. JupyterLab (make lab) shows them.
 headless = TQDM_DISABLE=1 $(PY)
 
@@ -45,7 +47,7 @@ notebook: $(READY)
 	$(headless) tests/run_notebook.py $(NOTEBOOK)
 
 refresh: $(READY)
-	@[ -n "$$BSDS300" ] || [ -d BSDS300/images ] || { \
+	@$(bsds300_is_here) || { \
 	  echo 'The stored outputs are those of BSDS300, which is not here. Name its folder:'; \
 	  echo 'make refresh BSDS300=FOLDER, or fetch it: $(PY) -m denoising_utils fetch'; exit 1; }
 	$(headless) tests/run_notebook.py $(NOTEBOOK) --in-place
@@ -62,7 +64,7 @@ lint: $(READY)
 
 # Every output with BSDS300 at hand; without it, only what does not depend on the photographs.
 nbval: $(READY)
-	@if [ -n "$$BSDS300" ] || [ -d BSDS300/images ]; then \
+	@if $(bsds300_is_here); then \
 	  echo 'nbval: strict, BSDS300 is at hand: every output is compared with the stored one.'; \
 	  $(headless) -m pytest --nbval $(NOTEBOOK); \
 	else \

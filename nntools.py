@@ -262,14 +262,13 @@ class Experiment:
         bar.reset()
         self.net.train()
         self.stats_manager.init()
-        without_gradients = torch.no_grad()
         with _randomness(self.seed, self.epoch + 1, self.train_loader):
             for number, batch in enumerate(self._batches(self.train_loader), start=1):
                 loss, x, y, d = self.step(batch)
                 loss = _number(loss)
                 if not math.isfinite(loss):
                     raise self._not_finite(f'the loss is {loss}', number, batch)
-                with without_gradients:
+                with torch.no_grad():
                     self.stats_manager.accumulate(loss, x, y, d)
                 if not bar.disable:
                     bar.set_postfix_str(f'loss {loss:.4g}', refresh=False)
@@ -499,7 +498,7 @@ class Experiment:
     def _batches(self, loader):
         """The batches of a loader, on the network's device."""
         device, batch = _device_of(self.net), None
-        for batch in loader:
+        for batch in loader:  # which gives them on the CPU
             yield batch if device.type == 'cpu' else _to(batch, device)
         _expect(batch is not None or _world_size() > 1,
                 'the data gave no batch: it is empty, or shorter than one batch that may not be short')
@@ -682,6 +681,7 @@ def _tensors(batch):
 
 
 def _parameters(optimizer):
+    """The parameters of all groups of an optimizer."""
     return [p for group in optimizer.param_groups for p in group['params']]
 
 
@@ -694,13 +694,11 @@ def _to(batch, device):
     """A batch (tensors in lists, tuples, dicts) moved to a device; anything else stays."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=batch.device.type == 'cpu')  # the way back must wait
-    if isinstance(batch, list):
-        return [_to(value, device) for value in batch]
-    if isinstance(batch, tuple):
-        moved = [_to(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, '_fields') else tuple(moved)
     if isinstance(batch, dict):
         return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        moved = [_to(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, '_fields') else type(batch)(moved)
     return batch.to(device) if hasattr(batch, 'to') else batch
 
 
