@@ -259,7 +259,7 @@ class NoisyBSDSDataset(td.Dataset):
             raise IndexError(f'index {index} of a data set of {len(self)}')
         index %= len(self)
         image = self._photograph(index % len(self.files))
-        random = torch.Generator().manual_seed(nt._mix(self.seed, index)) if self.mode == 'test' else None
+        random = torch.Generator().manual_seed(nt.mix_seeds(self.seed, index)) if self.mode == 'test' else None
 
         def draw(n):
             return int(torch.randint(n, (), generator=random))
@@ -487,7 +487,7 @@ def load_network(name, folder=None, device='cpu'):
     RuntimeError if there is no checkpoint or it can't be read.
     """
     network, _, batch_norm = name.partition('_')
-    checkpoint = nt._read(str(Path(folder or HERE / 'checkpoints' / name) / 'checkpoint.pth.tar'), device)
+    checkpoint = nt.load_checkpoint(str(Path(folder or HERE / 'checkpoints' / name) / 'checkpoint.pth.tar'), device)
     state = checkpoint['Net']
     D = sum(key.startswith('conv') and key.endswith('weight') for key in state) - 2
     net = make_network(network, D, C=len(state['conv.0.bias']), channels=len(state[f'conv.{D + 1}.bias']),
@@ -797,7 +797,7 @@ def evaluate(args):
         error = scores['psnr'].std(ddof=1) / math.sqrt(len(scores['psnr']))
         old = np.array([old_protocol(denoise, root, args.sigma, seed) for seed in range(args.repeats)])
         old = f'{old.mean():.2f} ± {old.std(ddof=1):.2f}' if args.repeats > 1 else 'not run'
-        minutes = sum(nt._read(str(folder / 'checkpoint.pth.tar'), 'cpu').get('Seconds', [])) / 60
+        minutes = sum(nt.load_checkpoint(str(folder / 'checkpoint.pth.tar'), 'cpu').get('Seconds', [])) / 60
         title = (f'{type(net).__name__}({net.D}), {len(history)} epochs'
                  + ", course's batch norm" * name.endswith('_course') + ', self-ensemble' * args.self_ensemble)
         print(f'| {title} | {count_parameters(net):,} | {net.receptive_field} | '

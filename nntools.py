@@ -51,7 +51,7 @@ import torch.utils.data as td
 from torch import nn
 from tqdm.auto import tqdm
 
-__all__ = ['NeuralNetwork', 'StatsManager', 'Experiment', 'find_device']
+__all__ = ['NeuralNetwork', 'StatsManager', 'Experiment', 'find_device', 'load_checkpoint', 'mix_seeds']
 
 FORMAT = 2  # of checkpoints; those of the original helper carry no number and are read as well
 KEYS = {'Net', 'Optimizer', 'History'}  # of every checkpoint
@@ -469,7 +469,7 @@ class Experiment:
     # --- helpers of the above --------------------------------------------------------------------
 
     def _read(self, path):
-        return _read(path, _device_of(self.net), KEYS & self.state_dict().keys())
+        return load_checkpoint(path, _device_of(self.net), KEYS & self.state_dict().keys())
 
     def _loader(self, data, training=False):
         """The loader of a data set. Each process gets its share: of every batch in training,
@@ -490,7 +490,7 @@ class Experiment:
         options = dict(num_workers=self.num_workers, collate_fn=self.collate_fn,
                        pin_memory=_device_of(self.net).type == 'cuda')
         if training:
-            sampler = _Shuffle(data, world, rank, seed=_mix(self.seed) % 2**31, drop_last=drop_last)
+            sampler = _Shuffle(data, world, rank, seed=mix_seeds(self.seed) % 2**31, drop_last=drop_last)
             return td.DataLoader(data, size // world, sampler=sampler, drop_last=drop_last, **options)
         batches = list(td.BatchSampler(range(len(data)), size, drop_last))
         return td.DataLoader(data, batch_sampler=batches[rank::world], **options)
@@ -711,15 +711,15 @@ class _Shuffle(td.DistributedSampler):
         return order
 
 
-def _mix(*numbers):
+def mix_seeds(*numbers):
     """A 63-bit seed made of several numbers, unlike that of any other combination."""
-    return int(np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)[0]) >> 1
 
 
 @contextlib.contextmanager
 def _randomness(seed, epoch, loader):
     """All random numbers drawn inside follow from (seed, epoch); those outside are unaffected."""
-    seed = _mix(seed, epoch, _rank())
+    seed = mix_seeds(seed, epoch, _rank())
     batch_sampler = getattr(loader, 'batch_sampler', None)
     samplers = getattr(loader, 'sampler', None), getattr(batch_sampler, 'sampler', None)
     owners = [loader, batch_sampler, *samplers]
@@ -856,7 +856,7 @@ def _write(path, write):
             os.remove(temporary)
 
 
-def _read(path, device, keys=KEYS):
+def load_checkpoint(path, device='cpu', keys=KEYS):
     """A checkpoint from disk. Nothing in it is executed: it is read with ``weights_only``."""
     advice = 'Restore it from a copy, or move it away to start from scratch.'
     try:

@@ -521,7 +521,7 @@ def test_train_command_twice_gives_the_same_weights_and_resumes(folder, tmp_path
     interrupted = du.make_experiment(du.parse([*words, '--out', str(tmp_path / 'b')]))
     interrupted.run(2)
     du.main([*words, '--out', str(tmp_path / 'b')])
-    a, b = (nt._read(str(tmp_path / name / 'checkpoint.pth.tar'), 'cpu') for name in 'ab')
+    a, b = (nt.load_checkpoint(str(tmp_path / name / 'checkpoint.pth.tar'), 'cpu') for name in 'ab')
     assert a['History'] == b['History'] and len(a['History']) == 4
     assert all(torch.equal(a['Net'][name], b['Net'][name]) for name in a['Net'])
     assert a['Optimizer']['param_groups'][0]['lr'] < 3e-3 / 2  # the schedule went down

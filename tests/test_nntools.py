@@ -174,7 +174,7 @@ def test_the_random_stream_stays_what_it_was(tmp_path):
     with nt._randomness(0, 1, exp.train_loader):
         order = [round(22 * v) for x, _ in exp.train_loader for v in x[:, 2].tolist()]
         drawn = torch.rand(1).item(), random.random(), np.random.rand()
-    assert nt._mix(0, 1, 0) == 2918264622725855778
+    assert nt.mix_seeds(0, 1, 0) == 2918264622725855778
     assert order[:8] == [1, 0, 7, 19, 8, 15, 13, 16]
     assert drawn == pytest.approx((0.8556534051895142, 0.23069021445216942, 0.26373721948458095))
 
@@ -770,7 +770,7 @@ def test_no_bytes_are_mistaken_for_a_checkpoint(tmp_path_factory, noise, pickled
     path = tmp_path_factory.mktemp('noise') / 'checkpoint.pth.tar'
     path.write_bytes(b'\x80\x02' * pickled + noise)
     with pytest.raises(RuntimeError, match='Restore it from a copy, or move it away'):
-        nt._read(str(path), 'cpu')
+        nt.load_checkpoint(str(path), 'cpu')
 
 
 def in_child(function):

@@ -496,7 +496,7 @@ def test_numbers_under_the_old_path_of_numpy(tmp_path):
     old = path.read_bytes().replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n')
     assert b'numpy.core.multiarray' in old
     path.write_bytes(old)
-    history = nt._read(str(path), 'cpu')['History']
+    history = nt.load_checkpoint(str(path), 'cpu')['History']
     assert history[0][0]['loss'] == 0.5 and history[0][1]['PSNR'] == 21.0
 
 

@@ -116,7 +116,7 @@ def kill_trainings(folder):
     assert os.waitpid(start(folder / 'whole', 0), 0)[1] == 0
     seconds = time.time() - begin
     names = ('checkpoint.pth.tar', 'best.pth.tar')
-    whole = [nt._read(str(folder / 'whole' / name), 'cpu') for name in names]
+    whole = [nt.load_checkpoint(str(folder / 'whole' / name), 'cpu') for name in names]
     with_workers = None
     result = {'kills': 0, 'in writing': 0, 'trainings': 0, 'different': [], 'failed': 0}
     planned = [(where, n) for where in ('in the middle', 'before fsync', 'before rename', 'after rename')
@@ -125,7 +125,7 @@ def kill_trainings(folder):
         workers = int(result['trainings'] == 1)
         if workers and with_workers is None:
             assert os.waitpid(start(folder / 'workers', workers), 0)[1] == 0
-            with_workers = [nt._read(str(folder / 'workers' / name), 'cpu') for name in names]
+            with_workers = [nt.load_checkpoint(str(folder / 'workers' / name), 'cpu') for name in names]
         here = folder / str(result['trainings'])
         while True:
             moment = planned.pop() if planned and not workers else None
@@ -148,7 +148,7 @@ def kill_trainings(folder):
         if result['failed']:
             break
         for name, expected in zip(names, with_workers if workers else whole):
-            state = nt._read(str(here / name), 'cpu')
+            state = nt.load_checkpoint(str(here / name), 'cpu')
             result['different'] += [f'{here}/{name}: {key}' for key in expected
                                     if key != 'Seconds' and not same(expected[key], state[key])]
     print(json.dumps(result))
