@@ -19,7 +19,7 @@ bsds300_is_here = { [ -n "$$BSDS300" ] || [ -d BSDS300/images ]; }
 # Runs without a person: no progress bars. JupyterLab (make lab) shows them.
 headless = TQDM_DISABLE=1 $(PY)
 
-.PHONY: help setup notebook refresh lab test lint nbval train results benchmark clean
+.PHONY: help setup notebook refresh lab test lint nbval train results ablation benchmark clean
 
 help:
 	@echo 'make notebook   run the notebook top to bottom; the result is in experiments/'
@@ -28,6 +28,7 @@ help:
 	@echo 'make refresh    run the notebook and renew the outputs stored in it'
 	@echo 'make nbval      only the comparison of the notebook with its stored outputs'
 	@echo 'make train NET=dncnn|udncnn|dudncnn, make results, make benchmark, make lint, make clean'
+	@echo 'make ablation   what skips, dilation and pooling give (RETRAIN=1: hours of training)'
 
 setup: $(READY)
 
@@ -77,6 +78,9 @@ train: $(READY)
 
 results: $(READY)
 	$(PY) -m denoising_utils evaluate
+
+ablation: $(READY)
+	$(headless) -m denoising_utils ablation $(if $(RETRAIN),--retrain)
 
 benchmark: $(READY)
 	$(PY) tests/benchmark.py

@@ -3,10 +3,11 @@
 In the order of the notebook ``Assignment4.ipynb``. Images are tensors (channels, height, width)
 with values in [-1, 1]; noise levels ``sigma`` are on the usual scale 0..255.
 
-    python -m denoising_utils --help      # train, evaluate, denoise, fetch
+    python -m denoising_utils --help      # train, ablation, evaluate, denoise, fetch
 """
 import argparse
 import contextlib
+import csv
 import getpass
 import hashlib
 import math
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data as td
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import stats
 from torch import nn
 from torchvision.datasets.utils import download_url
 
@@ -190,14 +192,14 @@ class NoisyBSDSDataset(td.Dataset):
 
     Item: two tensors (3, height, width); clean is in [-1, 1], noisy is clean plus white Gaussian
     noise, not clipped. For ``mode='train'``, crop and noise are new at each access (drawn from
-    torch's random stream); for ``'test'`` they are a function of (seed, index).
+    torch's random stream); for ``'test'``, or with a seed, they are a function of (seed, index).
 
     Args:
         root_dir: the folder, see `find_photographs`.
         mode: ``'train'`` or ``'test'``.
         image_size: (height, width) of the crops in pixels, or one number for both.
         sigma: standard deviation of the noise on the scale 0..255 (that is 2 sigma / 255 here).
-        seed: of the test set's crops and noise.
+        seed: of crops and noise that are the same at each access (default: 0 for ``'test'``).
         subset: positions in the sorted list of files (default: all of them).
         crops: how often each photograph comes in one pass.
         augment: random flips, and quarter turns if the crops are square.
@@ -209,7 +211,7 @@ class NoisyBSDSDataset(td.Dataset):
             smaller than the crop; the message names it.
     """
 
-    def __init__(self, root_dir, mode='train', image_size=(180, 180), sigma=30, *, seed=0,
+    def __init__(self, root_dir, mode='train', image_size=(180, 180), sigma=30, *, seed=None,
                  subset=None, crops=1, augment=False, cache=True):
         if mode not in ('train', 'test'):
             raise ValueError(f"mode must be 'train' or 'test', got {mode!r}")
@@ -229,7 +231,8 @@ class NoisyBSDSDataset(td.Dataset):
         if subset is not None:
             self.files = [self.files[k] for k in subset]
         self.mode, self.image_size, self.sigma = mode, size, sigma
-        self.seed, self.subset, self.crops, self.augment = seed, subset, crops, augment
+        self.seed = 0 if seed is None and mode == 'test' else seed
+        self.subset, self.crops, self.augment = subset, crops, augment
         self.images = [read_photograph(file) for file in self.files] if cache else None
         for k in range(len(self.files) if cache else 0):
             self._photograph(k)  # so that one that is too small is found now
@@ -239,7 +242,7 @@ class NoisyBSDSDataset(td.Dataset):
 
     def __repr__(self):
         more = {'photographs': len(self.files)}
-        more |= {'seed': self.seed} if self.mode == 'test' else {}
+        more |= {'seed': self.seed} if self.seed is not None else {}
         more |= {'subset': self.subset} if self.subset is not None else {}
         more |= {'crops': self.crops} if self.crops > 1 else {}
         more |= {'augment': True} if self.augment else {}
@@ -259,7 +262,7 @@ class NoisyBSDSDataset(td.Dataset):
             raise IndexError(f'index {index} of a data set of {len(self)}')
         index %= len(self)
         image = self._photograph(index % len(self.files))
-        random = torch.Generator().manual_seed(nt.mix_seeds(self.seed, index)) if self.mode == 'test' else None
+        random = None if self.seed is None else torch.Generator().manual_seed(nt.mix_seeds(self.seed, index))
 
         def draw(n):
             return int(torch.randint(n, (), generator=random))
@@ -344,6 +347,8 @@ class DnCNN(NNRegressor):
         """The width in pixels of the part of the input that an output pixel depends on."""
         return 2 * self.D + 5
 
+    pooling_cell = 1  # the side in pixels of what becomes one value at the coarsest scale
+
     def block(self, k, h):
         """The k-th block, k = 0 ... D-1: convolution, batch norm, ReLU."""
         return F.relu(self.bn[k](self.conv[k + 1](h)))
@@ -378,7 +383,11 @@ class UDnCNN(DnCNN):
     @property
     def receptive_field(self):
         """See `DnCNN`; some output pixels depend on less."""
-        return 9 * 2 ** (self.D // 2 - 1)
+        return 9 * self.pooling_cell
+
+    @property
+    def pooling_cell(self):
+        return 2 ** (self.D // 2 - 1)
 
     def down(self, h):
         """To the next coarser scale. Returns the features, and what `up` needs to come back."""
@@ -394,6 +403,10 @@ class UDnCNN(DnCNN):
         indices, size = way_back
         return F.max_unpool2d(h, indices, 2, output_size=size)
 
+    def join(self, h, earlier):
+        """An inner skip: adds earlier features of the same scale."""
+        return (h + earlier) / math.sqrt(2)
+
     def features(self, x):
         first = h = F.relu(self.conv[0](x))
         scales = []
@@ -404,8 +417,8 @@ class UDnCNN(DnCNN):
             h = self.block(k, h)
         for k in range(self.D // 2 + 1, self.D):
             same_scale, way_back = scales.pop()
-            h = self.block(k, self.up((h + same_scale) / math.sqrt(2), way_back))
-        return (h + first) / math.sqrt(2)
+            h = self.block(k, self.up(self.join(h, same_scale), way_back))
+        return self.join(h, first)
 
 
 class DUDnCNN(UDnCNN):
@@ -426,10 +439,33 @@ class DUDnCNN(UDnCNN):
         """See `DnCNN`."""
         return 2 ** (self.D // 2 + 2) + 1
 
+    pooling_cell = 1
+
     def down(self, h):
         return h, None
 
     def up(self, h, way_back):
+        return h
+
+
+class SkipsOnly(DUDnCNN):
+    """DUDnCNN without dilation: DnCNN with inner skips. For the ablation, see `ARMS`."""
+
+    _dilations = staticmethod(DnCNN._dilations)
+    receptive_field = DnCNN.receptive_field
+
+
+class DilationOnly(DUDnCNN):
+    """DUDnCNN without inner skips: DnCNN with dilation. For the ablation, see `ARMS`."""
+
+    def join(self, h, earlier):
+        return h
+
+
+class PoolingOnly(UDnCNN):
+    """UDnCNN without inner skips: DnCNN with pooling. For the ablation, see `ARMS`."""
+
+    def join(self, h, earlier):
         return h
 
 
@@ -448,7 +484,7 @@ def receptive_field_map(net, offset=0, draws=8):
     net = type(net)(net.D, C=2).double().eval()
     for name, parameter in net.named_parameters():
         nn.init.constant_(parameter, 0.1 if name.endswith('weight') else 0)
-    size = 2 * net.receptive_field + (2 ** (net.D // 2 + 1) if type(net) is UDnCNN else 0)
+    size = 2 * net.receptive_field + 4 * (net.pooling_cell - 1)
     middle = size // 2 + offset
     seen = torch.zeros(size, size, dtype=torch.bool)
     random = torch.Generator().manual_seed(0)
@@ -464,19 +500,23 @@ def measure_receptive_field(net):
 
     To be held against ``net.receptive_field``, which is the formula.
     """
-    positions = range(2 ** (net.D // 2 - 1)) if type(net) is UDnCNN else range(1)
-    columns = [receptive_field_map(net, k).any(0).nonzero() for k in positions]
+    columns = [receptive_field_map(net, k).any(0).nonzero() for k in range(net.pooling_cell)]
     return max(int(where.max() - where.min()) + 1 for where in columns)
 
 
 def make_network(name, D=6, **options):
-    """`DnCNN`, `UDnCNN` or `DUDnCNN` by its name in lower case; raises ValueError for another."""
-    if name not in NETWORKS:
-        raise ValueError(f'the network must be one of {", ".join(NETWORKS)}, got {name!r}')
-    return NETWORKS[name](D, **options)
+    """`DnCNN`, `UDnCNN` or `DUDnCNN` by its name in lower case, or `SkipsOnly` as ``'skips'`` and so on.
+
+    Raises ValueError for another name.
+    """
+    networks = NETWORKS | ABLATED
+    if name not in networks:
+        raise ValueError(f'the network must be one of {", ".join(networks)}, got {name!r}')
+    return networks[name](D, **options)
 
 
 NETWORKS = {'dncnn': DnCNN, 'udncnn': UDnCNN, 'dudncnn': DUDnCNN}
+ABLATED = {'skips': SkipsOnly, 'dilation': DilationOnly, 'pooling': PoolingOnly}
 
 
 def load_network(name, folder=None, device='cpu'):
@@ -744,9 +784,72 @@ def old_protocol(net, root_dir, sigma=30, seed=0):
     return (10 * torch.log10(4 / torch.stack(errors))).mean().item()
 
 
-# --- command line --------------------------------------------------------------------------------
+# --- scores of several trainings -----------------------------------------------------------------
 
 HELD_OUT = range(0, 200, 10)  # of the training photographs of BSDS300: what recipes are chosen on
+COLUMNS = ('network', 'seed', 'set', 'photograph', 'psnr')  # of a file of scores
+ARMS = {  # of the ablation: the class of each network, and D
+    'dncnn': ('dncnn', 6), 'skips': ('skips', 6), 'dilation': ('dilation', 6), 'dudncnn': ('dudncnn', 6),
+    'pooling': ('pooling', 6), 'udncnn': ('udncnn', 6), 'dncnn14': ('dncnn', 14)}
+
+
+def score(net, root_dir, sigma=30):
+    """The PSNR of ``net`` in dB on the held-out training photographs and on the test photographs, as
+    `benchmark_pairs` has them: a list of (set, position of the photograph, PSNR)."""
+    rows = []
+    for name, mode, subset in (('held out', 'train', HELD_OUT), ('test', 'test', None)):
+        values = benchmark(net, benchmark_pairs(root_dir, sigma, mode=mode, subset=subset))['psnr']
+        rows += [(name, k, f'{value:.3f}') for k, value in zip(subset or range(len(values)), values)]
+    return rows
+
+
+def write_scores(file, rows):
+    """Writes rows of `COLUMNS` as CSV, all or nothing."""
+    temporary = Path(f'{file}.tmp')
+    with open(temporary, 'w', newline='') as stream:
+        csv.writer(stream, lineterminator='\n').writerows([COLUMNS, *rows])
+    os.replace(temporary, file)
+
+
+def read_scores(file, which):
+    """The PSNR in dB of one set of photographs, ``'test'`` or ``'held out'``, from a file of
+    `write_scores`: for each network an array (seeds, photographs)."""
+    by_network = {}
+    with open(file, newline='') as stream:
+        for row in csv.DictReader(stream):
+            if row['set'] == which:
+                by_seed = by_network.setdefault(row['network'], {})
+                by_seed.setdefault(row['seed'], []).append(float(row['psnr']))
+    return {network: np.array(list(by_seed.values())) for network, by_seed in by_network.items()}
+
+
+def half_interval(standard_error, degrees):
+    """Half the width of a mean's 95 % interval, after Student's t with so many degrees of freedom."""
+    return stats.t.ppf(0.975, degrees) * standard_error
+
+
+def over_photographs(difference):
+    """The mean of an array of paired differences, one a photograph, and half its 95 % interval: what
+    other photographs of the same kind would give with the *same* trained networks."""
+    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    return difference.mean(), half_interval(error, len(difference) - 1)
+
+
+def over_trainings(scores, first, second):
+    """The difference of the mean PSNR of two networks, and half its 95 % interval: what other seeds
+    would give on the *same* photographs.
+
+    ``scores`` is that of `read_scores`. The variance between seeds is taken to be the same for all its
+    networks and estimated from all of them, as in an analysis of variance.
+    """
+    means = {network: values.mean(axis=1) for network, values in scores.items()}
+    degrees = sum(len(values) - 1 for values in means.values())
+    variance = sum(((values - values.mean()) ** 2).sum() for values in means.values()) / degrees
+    error = math.sqrt(variance * (1 / len(means[first]) + 1 / len(means[second])))
+    return means[first].mean() - means[second].mean(), half_interval(error, degrees)
+
+
+# --- command line --------------------------------------------------------------------------------
 
 
 def make_experiment(args):
@@ -761,15 +864,18 @@ def make_experiment(args):
     subset = [k for k in range(200) if k not in HELD_OUT] if args.hold_out else None
     train_set = NoisyBSDSDataset(root, 'train', args.size, args.sigma, subset=subset, crops=args.crops,
                                  augment=not args.no_augment)
-    photographs = len(_image_files(root / 'test'))
-    val_set = NoisyBSDSDataset(root, 'test', 96, args.sigma, subset=range(0, photographs, 5))
+    if args.hold_out:
+        val_set = NoisyBSDSDataset(root, 'train', 96, args.sigma, subset=HELD_OUT, seed=0)
+    else:
+        photographs = len(_image_files(root / 'test'))
+        val_set = NoisyBSDSDataset(root, 'test', 96, args.sigma, subset=range(0, photographs, 5))
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     warm_up = max(1, args.warm_up * args.epochs)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(
         (epoch + 1) / warm_up, (1 + math.cos(math.pi * epoch / args.epochs)) / 2))
     return nt.Experiment(
         net, train_set, val_set, optimizer, DenoisingStatsManager(), batch_size=args.batch,
-        output_dir=args.out or f'experiments/{args.net}', perform_validation_during_training=not args.hold_out,
+        output_dir=args.out or f'experiments/{args.net}', perform_validation_during_training=True,
         seed=args.seed, scheduler=scheduler, grad_clip=args.grad_clip, precision=args.precision)
 
 
@@ -781,6 +887,43 @@ def train(args):
         pairs = benchmark_pairs(find_photographs(args.data), args.sigma, mode='train', subset=HELD_OUT)
         print(f'held out: {benchmark(exp.net, pairs)["psnr"].mean():.3f} dB, '
               f'training took {sum(exp.seconds) / 60:.1f} minutes')
+
+
+def ablation(args):
+    """Prints what skips, dilation and pooling give, each alone and together; --retrain measures it anew."""
+    if args.retrain:
+        write_scores(args.scores, [(arm, seed, *row) for seed in args.seeds for arm in args.arms
+                                   for row in train_arm(arm, seed, args)])
+    print('PSNR in dB: mean over the seeds, and difference to the first row with 95 % intervals over '
+          'photographs (p) and over trainings (t).\n')
+    tables = [read_scores(args.scores, which) for which in ('held out', 'test')]
+    print('| network | parameters | receptive field | seeds | held out | difference | test | difference |')
+    print('|---|---|---|---|---|---|---|---|')
+    for arm in tables[0]:
+        net = make_network(*ARMS[arm], C=args.C)
+        cells = [f'{type(net).__name__}({net.D})', f'{count_parameters(net):,}', net.receptive_field, len(tables[0][arm])]
+        for scores in tables:
+            cells += [f'{scores[arm].mean():.2f}', difference_in_words(scores, arm, next(iter(scores)))]
+        print('| ' + ' | '.join(map(str, cells)) + ' |')
+
+
+def difference_in_words(scores, first, second):
+    """The difference of two networks in ``scores``, see `read_scores`, with both its intervals."""
+    if first == second:
+        return ''
+    mean, photographs = over_photographs(scores[first].mean(axis=0) - scores[second].mean(axis=0))
+    trainings = over_trainings(scores, first, second)[1]
+    return f'{mean:+.2f} ± {photographs:.2f} (p) ± {trainings:.2f} (t)'
+
+
+def train_arm(arm, seed, args):
+    """Trains one network of the ablation, or goes on with it. Returns its `score`."""
+    net, D = ARMS[arm]
+    folder = Path(args.out) / f'{arm}_seed{seed}'
+    words = f'train --net {net} --D {D} --C {args.C} --epochs {args.epochs} --seed {seed} --hold-out'.split()
+    exp = make_experiment(parse([*words, '--out', str(folder)] + (['--data', args.data] if args.data else [])))
+    exp.run(args.epochs)
+    return score(exp.net.eval(), find_photographs(args.data))
 
 
 def evaluate(args):
@@ -813,7 +956,7 @@ def denoise(args):
 def parse(words=None):
     """The options of the command line. Each command's are explained by ``COMMAND --help``."""
     parser = argparse.ArgumentParser(prog='denoising_utils', description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(required=True, metavar='train | evaluate | denoise | fetch')
+    commands = parser.add_subparsers(required=True, metavar='train | ablation | evaluate | denoise | fetch')
 
     def command(function, **options):
         sub = commands.add_parser(function.__name__, help=function.__doc__.split('\n')[0],
@@ -822,7 +965,7 @@ def parse(words=None):
         return sub.add_argument
 
     add = command(train)
-    add('--net', choices=NETWORKS, default='dncnn', help='which network')
+    add('--net', choices=NETWORKS | ABLATED, default='dncnn', help='which network')
     add('--data', help='folder with train/ and test/ (default: see find_photographs)')
     add('--out', help='folder of the checkpoint (default: experiments/NET)')
     add('--D', type=int, default=6, help='blocks')
@@ -841,6 +984,15 @@ def parse(words=None):
     add('--precision', choices=('float32', 'bfloat16', 'float16'), default='bfloat16', help='of training')
     add('--seed', type=int, default=0, help='of initialisation, batches and noise')
     add('--hold-out', action='store_true', help='train without every tenth photograph and test on those')
+    add = command(ablation)
+    add('--retrain', action='store_true', help='train again (resumes), or print the stored scores')
+    add('--scores', default=HERE / 'checkpoints' / 'ablation.csv', help='file of the scores')
+    add('--arms', nargs='+', choices=ARMS, default=list(ARMS), help='which networks to train')
+    add('--seeds', nargs='+', type=int, default=[0, 1, 2], help='which seeds to train')
+    add('--out', default='experiments/ablation', help='folder of the checkpoints')
+    add('--data', help='folder with train/ and test/ (default: see find_photographs)')
+    add('--C', type=int, default=32, help='features per layer')
+    add('--epochs', type=int, default=89, help='of 90 steps')
     add = command(evaluate)
     add('nets', nargs='*', default=list(NETWORKS), help='which networks')
     add('--data', help='folder with train/ and test/ (default: see find_photographs)')
