@@ -522,16 +522,17 @@ ABLATED = {'skips': SkipsOnly, 'dilation': DilationOnly, 'pooling': PoolingOnly}
 def load_network(name, folder=None, device='cpu'):
     """A trained network and its history, from ``checkpoints/NAME`` or another ``folder``.
 
-    ``name`` is that of the network, with ``_course`` after it for the course's batch norm. Returns
-    the network, in evaluation mode, and a list as `nntools.Experiment.history` has. Raises
-    RuntimeError if there is no checkpoint or it can't be read.
+    ``name`` begins with that of the network; ``_course`` after it stands for the course's batch norm
+    (``'dncnn'``, ``'dncnn_course'``, ``'dncnn_seed1'``). Returns the network, in evaluation mode, and a
+    list as `nntools.Experiment.history` has. Raises RuntimeError if there is no checkpoint or it can't
+    be read.
     """
-    network, _, batch_norm = name.partition('_')
+    network, *options = name.split('_')
     checkpoint = nt.load_checkpoint(str(Path(folder or HERE / 'checkpoints' / name) / 'checkpoint.pth.tar'), device)
     state = checkpoint['Net']
     D = sum(key.startswith('conv') and key.endswith('weight') for key in state) - 2
     net = make_network(network, D, C=len(state['conv.0.bias']), channels=len(state[f'conv.{D + 1}.bias']),
-                       batch_norm=batch_norm or 'usual')
+                       batch_norm='course' if 'course' in options else 'usual')
     net.load_state_dict(state)
     return net.to(device).eval(), checkpoint['History']
 
@@ -858,7 +859,8 @@ def make_experiment(args):
     ``args``: the options of ``python -m denoising_utils train``, see `parse`.
     """
     torch.manual_seed(args.seed)
-    net = make_network(args.net, args.D, C=args.C, batch_norm=args.batch_norm, zero_last=args.zero_last)
+    net = make_network(args.net, args.D, C=args.C, he_init=args.he_init, batch_norm=args.batch_norm,
+                       zero_last=args.zero_last)
     net = net.to(nt.find_device(), memory_format=torch.channels_last)
     root = find_photographs(args.data)
     subset = [k for k in range(200) if k not in HELD_OUT] if args.hold_out else None
@@ -871,7 +873,7 @@ def make_experiment(args):
         val_set = NoisyBSDSDataset(root, 'test', 96, args.sigma, subset=range(0, photographs, 5))
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     warm_up = max(1, args.warm_up * args.epochs)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(
+    scheduler = None if args.constant_rate else torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(
         (epoch + 1) / warm_up, (1 + math.cos(math.pi * epoch / args.epochs)) / 2))
     return nt.Experiment(
         net, train_set, val_set, optimizer, DenoisingStatsManager(), batch_size=args.batch,
@@ -971,6 +973,7 @@ def parse(words=None):
     add('--D', type=int, default=6, help='blocks')
     add('--C', type=int, default=64, help='features per layer')
     add('--batch-norm', choices=('usual', 'course'), default='usual', help='see DnCNN')
+    add('--he-init', action=argparse.BooleanOptionalAction, default=True, help="He's initialisation, see DnCNN")
     add('--zero-last', action=argparse.BooleanOptionalAction, default=True, help='start as the identity')
     add('--sigma', type=float, default=30, help='noise level, 0..255')
     add('--epochs', type=int, default=200, help='epochs in all')
@@ -980,6 +983,7 @@ def parse(words=None):
     add('--no-augment', action='store_true', help='no flips and quarter turns')
     add('--lr', type=float, default=5e-3, help='peak learning rate of Adam')
     add('--warm-up', type=float, default=0.1, help='share of the epochs before the peak; then a cosine to 0')
+    add('--constant-rate', action='store_true', help='no warm-up, no cosine')
     add('--grad-clip', type=float, default=0.2, help='bound on the norm of the gradient')
     add('--precision', choices=('float32', 'bfloat16', 'float16'), default='bfloat16', help='of training')
     add('--seed', type=int, default=0, help='of initialisation, batches and noise')
