@@ -7,6 +7,7 @@ with values in [-1, 1]; noise levels ``sigma`` are on the usual scale 0..255.
 """
 import argparse
 import contextlib
+import copy
 import csv
 import getpass
 import hashlib
@@ -27,7 +28,9 @@ import torch.utils.data as td
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import stats
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.datasets.utils import download_url
+from torchvision.transforms import functional as transforms
 
 import nntools as nt
 
@@ -191,32 +194,41 @@ class NoisyBSDSDataset(td.Dataset):
     """Pairs (noisy, clean) of crops of the photographs in ``root_dir/train`` or ``root_dir/test``.
 
     Item: two tensors (3, height, width); clean is in [-1, 1], noisy is clean plus white Gaussian
-    noise, not clipped. For ``mode='train'``, crop and noise are new at each access (drawn from
+    noise, not clipped unless asked for. For ``mode='train'``, crop and noise are new at each access (drawn from
     torch's random stream); for ``'test'``, or with a seed, they are a function of (seed, index).
 
     Args:
         root_dir: the folder, see `find_photographs`.
         mode: ``'train'`` or ``'test'``.
         image_size: (height, width) of the crops in pixels, or one number for both.
-        sigma: standard deviation of the noise on the scale 0..255 (that is 2 sigma / 255 here).
+        sigma: standard deviation of the noise on the scale 0..255 (that is 2 sigma / 255 here), or
+            (lowest, highest), between which one is drawn for each sample, uniformly.
         seed: of crops and noise that are the same at each access (default: 0 for ``'test'``).
         subset: positions in the sorted list of files (default: all of them).
         crops: how often each photograph comes in one pass.
         augment: random flips, and quarter turns if the crops are square.
+        clip: the share of the samples whose noisy image is clipped and rounded to 8 bits, as a file
+            has it: 0 to 1 (True for all of them).
+        jitter: make half of the samples as different as photographs are: reduced in size (up to 2.5
+            times, so sharper), colours exchanged, saturation and contrast changed; a quarter of
+            these are grey, and so is their noise.
         cache: keep the decoded photographs in memory as bytes (BSDS300: 139 MB).
 
     Raises:
         FileNotFoundError: the folder is missing or holds no image.
-        ValueError: a bad mode, size, sigma or number of crops, an unreadable file, or one that is
+        ValueError: a bad mode, size, sigma, clip or number of crops, an unreadable file, or one that is
             smaller than the crop; the message names it.
     """
 
     def __init__(self, root_dir, mode='train', image_size=(180, 180), sigma=30, *, seed=None,
-                 subset=None, crops=1, augment=False, cache=True):
+                 subset=None, crops=1, augment=False, clip=False, jitter=False, cache=True):
         if mode not in ('train', 'test'):
             raise ValueError(f"mode must be 'train' or 'test', got {mode!r}")
-        if not sigma >= 0:
-            raise ValueError(f'sigma must be 0 or more, got {sigma!r}')
+        levels = tuple(sigma) if np.iterable(sigma) else (sigma, sigma)
+        if len(levels) != 2 or not 0 <= levels[0] <= levels[1] < math.inf:
+            raise ValueError(f'sigma must be 0 or more, or a pair (lowest, highest), got {sigma!r}')
+        if not 0 <= clip <= 1:
+            raise ValueError(f'clip must be a share of the samples, 0 to 1, got {clip!r}')
         if not isinstance(crops, int) or crops < 1:
             raise ValueError(f'crops must be a whole number, 1 or more, got {crops!r}')
         size = tuple(image_size) if np.iterable(image_size) else (image_size, image_size)
@@ -230,9 +242,10 @@ class NoisyBSDSDataset(td.Dataset):
             raise FileNotFoundError(f'there is no image in {folder}')
         if subset is not None:
             self.files = [self.files[k] for k in subset]
-        self.mode, self.image_size, self.sigma = mode, size, sigma
+        self.mode, self.image_size, self.sigma = mode, size, levels if np.iterable(sigma) else sigma
         self.seed = 0 if seed is None and mode == 'test' else seed
         self.subset, self.crops, self.augment = subset, crops, augment
+        self.clip, self.jitter = float(clip), jitter
         self.images = [read_photograph(file) for file in self.files] if cache else None
         for k in range(len(self.files) if cache else 0):
             self._photograph(k)  # so that one that is too small is found now
@@ -246,6 +259,8 @@ class NoisyBSDSDataset(td.Dataset):
         more |= {'subset': self.subset} if self.subset is not None else {}
         more |= {'crops': self.crops} if self.crops > 1 else {}
         more |= {'augment': True} if self.augment else {}
+        more |= {'clip': self.clip} if self.clip else {}
+        more |= {'jitter': True} if self.jitter else {}
         more = ''.join(f', {name}={value}' for name, value in more.items())
         return (f'{type(self).__name__}(mode={self.mode}, image_size={self.image_size}, '
                 f'sigma={self.sigma}{more})')
@@ -267,14 +282,42 @@ class NoisyBSDSDataset(td.Dataset):
         def draw(n):
             return int(torch.randint(n, (), generator=random))
 
-        height, width = self.image_size
-        top, left = draw(image.shape[1] - height + 1), draw(image.shape[2] - width + 1)
-        clean = image[:, top:top + height, left:left + width].float().div_(127.5).sub_(1)
+        def uniform(low, high):
+            return low + (high - low) * torch.rand((), generator=random).item()
+
+        height, width = rows, columns = self.image_size
+        jitter = self.jitter and draw(2)
+        if jitter:
+            zoom = uniform(1, min(2.5, image.shape[1] / height, image.shape[2] / width))
+            rows, columns = int(zoom * height), int(zoom * width)
+        top, left = draw(image.shape[1] - rows + 1), draw(image.shape[2] - columns + 1)
+        clean = image[:, top:top + rows, left:left + columns].float().div_(127.5).sub_(1)
+        grey = jitter and not draw(4)
+        if jitter:
+            saturation = 0 if grey else uniform(0, 2.5)
+            order = torch.randperm(3, generator=random)
+            clean = _changed(clean[order], (height, width), saturation, contrast=uniform(0.5, 1.5))
         if self.augment:
             clean = clean.flip([axis for axis in (1, 2) if draw(2)])
             clean = clean.transpose(1, 2) if height == width and draw(2) else clean
-        noise = torch.randn(clean.shape, generator=random).mul_(2 * self.sigma / 255)
-        return noise.add_(clean), clean.contiguous()
+        sigma = uniform(*self.sigma) if np.iterable(self.sigma) else self.sigma
+        noise = torch.randn((1 if grey else 3, *clean.shape[1:]), generator=random).mul_(2 * sigma / 255)
+        noisy = noise + clean
+        if self.clip and uniform(0, 1) < self.clip:
+            noisy = as_8_bits(noisy).float().div_(127.5).sub_(1)
+        return noisy, clean.contiguous()
+
+
+def _changed(image, size, saturation, contrast):
+    """An image (3, height, width) in [-1, 1] at another size and with other colours."""
+    image = F.interpolate(image[None], size, mode='bicubic', antialias=True)[0].add(1).div(2).clamp(0, 1)
+    image = transforms.adjust_contrast(transforms.adjust_saturation(image, saturation), contrast)
+    return image.mul_(2).sub_(1)
+
+
+def as_8_bits(image):
+    """A tensor in [-1, 1] as the bytes that a file has: clipped and rounded."""
+    return ((image + 1) * 127.5).round_().clamp_(0, 255).byte()
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -302,7 +345,7 @@ class DnCNN(NNRegressor):
             et al., ICCV 2015), and the weights of the course's batch norm at 1.25 sqrt(C); otherwise
             everything stays at PyTorch's defaults.
         batch_norm: ``'usual'`` (eps = 1e-5) or ``'course'`` (eps = C, which is what the assignment's
-            ``BatchNorm2d(C, C)`` means: the second argument is **eps**).
+            ``BatchNorm2d(C, C)`` means: the second argument is **eps**), or ``'none'``.
         zero_last: start the last convolution at zero, so that the network starts as the identity.
 
     Raises:
@@ -314,14 +357,15 @@ class DnCNN(NNRegressor):
         self._check(D)
         if not isinstance(C, int) or C < 1:
             raise ValueError(f'C must be a whole number, 1 or more, got {C!r}')
-        if batch_norm not in ('usual', 'course'):
-            raise ValueError(f"batch_norm must be 'usual' or 'course', got {batch_norm!r}")
+        if batch_norm not in ('usual', 'course', 'none'):
+            raise ValueError(f"batch_norm must be 'usual', 'course' or 'none', got {batch_norm!r}")
         self.D, self.C = D, C
         widths = [channels] + [C] * (D + 1) + [channels]
         self.conv = nn.ModuleList(
             nn.Conv2d(a, b, 3, padding=d, dilation=d)
             for a, b, d in zip(widths, widths[1:], [1, *self._dilations(D), 1]))
         self.bn = nn.ModuleList(
+            nn.Identity() if batch_norm == 'none' else
             nn.BatchNorm2d(C, eps=C if batch_norm == 'course' else 1e-5) for _ in range(D))
         if he_init:
             for conv in self.conv[:-1]:
@@ -469,6 +513,16 @@ class PoolingOnly(UDnCNN):
         return h
 
 
+def fold_batch_norm(net):
+    """A copy of a trained network in which each batch norm is part of the convolution before it: the same
+    function, but trained on as a network without batch norm."""
+    net = copy.deepcopy(net).eval()
+    for k in range(net.D):
+        net.conv[k + 1] = fuse_conv_bn_eval(net.conv[k + 1], net.bn[k])
+        net.bn[k] = nn.Identity()
+    return net
+
+
 def count_parameters(net):
     """The number of weights and biases that are trained."""
     return sum(p.numel() for p in net.parameters())
@@ -532,7 +586,7 @@ def load_network(name, folder=None, device='cpu'):
     state = checkpoint['Net']
     D = sum(key.startswith('conv') and key.endswith('weight') for key in state) - 2
     net = make_network(network, D, C=len(state['conv.0.bias']), channels=len(state[f'conv.{D + 1}.bias']),
-                       batch_norm='course' if 'course' in options else 'usual')
+                       batch_norm='none' if 'bn.0.weight' not in state else 'course' if 'course' in options else 'usual')
     net.load_state_dict(state)
     return net.to(device).eval(), checkpoint['History']
 
@@ -735,18 +789,19 @@ def open_image(file):
 
 # --- evaluation ----------------------------------------------------------------------------------
 
-def benchmark_pairs(root_dir, sigma=30, size=320, seed=123, mode='test', subset=None):
+def benchmark_pairs(root_dir, sigma=30, size=320, seed=123, mode='test', subset=None, clip=False):
     """The fixed test on which networks are compared: a generator of pairs (noisy, clean).
 
     All photographs in sorted order, the centre crop of ``size`` pixels, noise from one generator
-    for all of them, not clipped. Tensors (1, 3, size, size).
+    for all of them, not clipped, or with ``clip`` as 8-bit files have it. Tensors (1, 3, size, size).
     """
     random = torch.Generator().manual_seed(seed)
     data = NoisyBSDSDataset(root_dir, mode, size, sigma, subset=subset)
     for image in data.images:
         top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
         clean = image[None, :, top:top + size, left:left + size].float() / 127.5 - 1
-        yield clean + 2 * sigma / 255 * torch.randn(clean.shape, generator=random), clean
+        noisy = clean + 2 * sigma / 255 * torch.randn(clean.shape, generator=random)
+        yield as_8_bits(noisy).float() / 127.5 - 1 if clip else noisy, clean
 
 
 def benchmark(denoise, pairs):
@@ -859,18 +914,23 @@ def make_experiment(args):
     ``args``: the options of ``python -m denoising_utils train``, see `parse`.
     """
     torch.manual_seed(args.seed)
-    net = make_network(args.net, args.D, C=args.C, he_init=args.he_init, batch_norm=args.batch_norm,
-                       zero_last=args.zero_last)
+    if args.start:
+        net = load_network(args.start)[0]
+        net = fold_batch_norm(net) if args.batch_norm == 'none' else net
+    else:
+        net = make_network(args.net, args.D, C=args.C, he_init=args.he_init, batch_norm=args.batch_norm,
+                           zero_last=args.zero_last)
     net = net.to(nt.find_device(), memory_format=torch.channels_last)
     root = find_photographs(args.data)
     subset = [k for k in range(200) if k not in HELD_OUT] if args.hold_out else None
-    train_set = NoisyBSDSDataset(root, 'train', args.size, args.sigma, subset=subset, crops=args.crops,
-                                 augment=not args.no_augment)
+    options = dict(sigma=args.sigma[0] if len(args.sigma) == 1 else args.sigma, clip=args.clip, jitter=args.jitter)
+    train_set = NoisyBSDSDataset(root, 'train', args.size, subset=subset, crops=args.crops,
+                                 augment=not args.no_augment, **options)
     if args.hold_out:
-        val_set = NoisyBSDSDataset(root, 'train', 96, args.sigma, subset=HELD_OUT, seed=0)
+        val_set = NoisyBSDSDataset(root, 'train', 96, subset=HELD_OUT, seed=0, **options)
     else:
         photographs = len(_image_files(root / 'test'))
-        val_set = NoisyBSDSDataset(root, 'test', 96, args.sigma, subset=range(0, photographs, 5))
+        val_set = NoisyBSDSDataset(root, 'test', 96, subset=range(0, photographs, 5), **options)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     warm_up = max(1, args.warm_up * args.epochs)
     scheduler = None if args.constant_rate else torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(
@@ -886,9 +946,27 @@ def train(args):
     exp = make_experiment(args)
     exp.run(args.epochs)
     if args.hold_out:
-        pairs = benchmark_pairs(find_photographs(args.data), args.sigma, mode='train', subset=HELD_OUT)
-        print(f'held out: {benchmark(exp.net, pairs)["psnr"].mean():.3f} dB, '
-              f'training took {sum(exp.seconds) / 60:.1f} minutes')
+        print_held_out(exp.net, args)
+        print(f'training took {sum(exp.seconds) / 60:.1f} minutes')
+
+
+def print_held_out(net, args):
+    """Prints the PSNR on the held-out photographs, and for a network of several levels a table of them."""
+    root = find_photographs(args.data)
+
+    def score(pairs):
+        return f'{benchmark(net, pairs)["psnr"].mean():.3f}'
+
+    if len(args.sigma) == 1:
+        print(f'held out: {score(benchmark_pairs(root, *args.sigma, mode="train", subset=HELD_OUT))} dB')
+        return
+    print('| sigma | noisy | held out (dB) | in 8 bits | changed by jitter |\n|---|---|---|---|---|')
+    for sigma in (3, 5, 15, 25, 30, 50):
+        pairs = [list(benchmark_pairs(root, sigma, 160, mode='train', subset=HELD_OUT, clip=clip)) for clip in (False, True)]
+        changed = NoisyBSDSDataset(root, 'train', 128, sigma, subset=HELD_OUT, seed=0, jitter=True)
+        pairs.append([(noisy[None], clean[None]) for noisy, clean in changed])
+        noisy = f'{benchmark(lambda noisy: noisy, pairs[0])["psnr"].mean():.3f}'
+        print(f'| {sigma} | {noisy} | {" | ".join(map(score, pairs))} |', flush=True)
 
 
 def ablation(args):
@@ -972,10 +1050,14 @@ def parse(words=None):
     add('--out', help='folder of the checkpoint (default: experiments/NET)')
     add('--D', type=int, default=6, help='blocks')
     add('--C', type=int, default=64, help='features per layer')
-    add('--batch-norm', choices=('usual', 'course'), default='usual', help='see DnCNN')
+    add('--batch-norm', choices=('usual', 'course', 'none'), default='usual', help='see DnCNN')
+    add('--start', metavar='NET', help='go on from the trained network checkpoints/NET (with --batch-norm none, '
+        'its batch norm becomes part of its convolutions)')
     add('--he-init', action=argparse.BooleanOptionalAction, default=True, help="He's initialisation, see DnCNN")
     add('--zero-last', action=argparse.BooleanOptionalAction, default=True, help='start as the identity')
-    add('--sigma', type=float, default=30, help='noise level, 0..255')
+    add('--sigma', type=float, nargs='+', default=[30], help='noise level, 0..255, or the lowest and the highest')
+    add('--clip', type=float, default=0, help='share of the samples clipped and rounded to 8 bits')
+    add('--jitter', action='store_true', help='change size and colours of half of the samples, see NoisyBSDSDataset')
     add('--epochs', type=int, default=200, help='epochs in all')
     add('--crops', type=int, default=2, help='crops of each photograph an epoch')
     add('--size', type=int, default=64, help='side of the crops in pixels')
