@@ -11,6 +11,7 @@ import copy
 import csv
 import getpass
 import hashlib
+import itertools
 import math
 import os
 import socket
@@ -849,18 +850,19 @@ ARMS = {  # of the ablation: the class of each network, and D
     'pooling': ('pooling', 6), 'udncnn': ('udncnn', 6), 'dncnn14': ('dncnn', 14)}
 
 
-def score(net, root_dir, sigma=30):
-    """The PSNR of ``net`` in dB on the held-out training photographs and on the test photographs, as
-    `benchmark_pairs` has them: a list of (set, position of the photograph, PSNR)."""
-    rows = []
-    for name, mode, subset in (('held out', 'train', HELD_OUT), ('test', 'test', None)):
-        values = benchmark(net, benchmark_pairs(root_dir, sigma, mode=mode, subset=subset))['psnr']
-        rows += [(name, k, f'{value:.3f}') for k, value in zip(subset or range(len(values)), values)]
-    return rows
+def scores_as_rows(network, seed, which, values):
+    """Rows of `COLUMNS`, from the PSNR of each photograph of the ``'test'`` or ``'held out'`` set."""
+    photographs = HELD_OUT if which == 'held out' else range(len(values))
+    return [[network, str(seed), which, str(k), f'{value:.3f}'] for k, value in zip(photographs, values)]
 
 
 def write_scores(file, rows):
-    """Writes rows of `COLUMNS` as CSV, all or nothing."""
+    """Writes rows of `COLUMNS` to a file of scores (CSV), in place of those of the same network, seed and
+    set; all or nothing."""
+    renewed = {tuple(row[:3]) for row in rows}
+    if Path(file).exists():
+        with open(file, newline='') as stream:
+            rows = [row for row in list(csv.reader(stream))[1:] if tuple(row[:3]) not in renewed] + rows
     temporary = Path(f'{file}.tmp')
     with open(temporary, 'w', newline='') as stream:
         csv.writer(stream, lineterminator='\n').writerows([COLUMNS, *rows])
@@ -970,26 +972,26 @@ def print_held_out(net, args):
 
 
 def ablation(args):
-    """Prints what skips, dilation and pooling give, each alone and together; --retrain measures it anew."""
+    """Prints what skips, dilation and pooling give, each alone and together; --retrain measures it again."""
     if args.retrain:
-        write_scores(args.scores, [(arm, seed, *row) for seed in args.seeds for arm in args.arms
-                                   for row in train_arm(arm, seed, args)])
-    print('PSNR in dB: mean over the seeds, and difference to the first row with 95 % intervals over '
+        for seed, arm in itertools.product(args.seeds, args.arms):
+            write_scores(args.scores, train_arm(arm, seed, args))
+    print('PSNR in dB: mean over the seeds, and difference to DnCNN(6) with 95 % intervals over '
           'photographs (p) and over trainings (t).\n')
     tables = [read_scores(args.scores, which) for which in ('held out', 'test')]
     print('| network | parameters | receptive field | seeds | held out | difference | test | difference |')
     print('|---|---|---|---|---|---|---|---|')
-    for arm in tables[0]:
+    for arm in [arm for arm in ARMS if arm in tables[0]]:
         net = make_network(*ARMS[arm], C=args.C)
         cells = [f'{type(net).__name__}({net.D})', f'{count_parameters(net):,}', net.receptive_field, len(tables[0][arm])]
         for scores in tables:
-            cells += [f'{scores[arm].mean():.2f}', difference_in_words(scores, arm, next(iter(scores)))]
+            cells += [f'{scores[arm].mean():.2f}', difference_in_words(scores, arm, 'dncnn')]
         print('| ' + ' | '.join(map(str, cells)) + ' |')
 
 
 def difference_in_words(scores, first, second):
     """The difference of two networks in ``scores``, see `read_scores`, with both its intervals."""
-    if first == second:
+    if first == second or second not in scores:
         return ''
     mean, photographs = over_photographs(scores[first].mean(axis=0) - scores[second].mean(axis=0))
     trainings = over_trainings(scores, first, second)[1]
@@ -997,35 +999,54 @@ def difference_in_words(scores, first, second):
 
 
 def train_arm(arm, seed, args):
-    """Trains one network of the ablation, or goes on with it. Returns its `score`."""
+    """Trains one network of the ablation, or goes on with it. Returns its scores, see `scores_as_rows`."""
     net, D = ARMS[arm]
     folder = Path(args.out) / f'{arm}_seed{seed}'
     words = f'train --net {net} --D {D} --C {args.C} --epochs {args.epochs} --seed {seed} --hold-out'.split()
     exp = make_experiment(parse([*words, '--out', str(folder)] + (['--data', args.data] if args.data else [])))
     exp.run(args.epochs)
-    return score(exp.net.eval(), find_photographs(args.data))
+    root = find_photographs(args.data)
+    return [row for which, options in (('held out', {'mode': 'train', 'subset': HELD_OUT}), ('test', {}))
+            for row in scores_as_rows(arm, seed, which,
+                                      benchmark(exp.net.eval(), benchmark_pairs(root, **options))['psnr'])]
 
 
 def evaluate(args):
-    """Prints the table of results of the trained networks, as Markdown."""
+    """Prints the table of results of the trained networks, mean over their seeds, as Markdown."""
     root = find_photographs(args.data)
     print(f'Test images: {describe_photographs(root)[1]}; sigma = {args.sigma}.\n')
-    print('| network | parameters | receptive field | PSNR (dB) | SSIM | old protocol (dB) | training (min) | s / image |')
-    print('|---|---|---|---|---|---|---|---|')
+    print('| network | parameters | receptive field | PSNR (dB) | of each seed | SSIM | s / image |')
+    print('|---|---|---|---|---|---|---|')
     for name in args.nets:
-        folder = Path(args.checkpoints) / name
-        net, history = load_network(name, folder)
-        denoise = self_ensemble(net) if args.self_ensemble else net
-        scores = benchmark(denoise, benchmark_pairs(root, args.sigma))
-        error = scores['psnr'].std(ddof=1) / math.sqrt(len(scores['psnr']))
-        old = np.array([old_protocol(denoise, root, args.sigma, seed) for seed in range(args.repeats)])
-        old = f'{old.mean():.2f} ± {old.std(ddof=1):.2f}' if args.repeats > 1 else 'not run'
-        minutes = sum(nt.load_checkpoint(str(folder / 'checkpoint.pth.tar'), 'cpu').get('Seconds', [])) / 60
+        runs = []
+        for folder in [Path(args.checkpoints) / name, *sorted(Path(args.checkpoints).glob(f'{name}_seed*'))]:
+            net, history = load_network(folder.name, folder)
+            denoise = self_ensemble(net) if args.self_ensemble else net
+            runs.append(benchmark(denoise, benchmark_pairs(root, args.sigma)))
+            if args.scores:
+                seed = folder.name.partition('_seed')[2] or 0
+                write_scores(args.scores, scores_as_rows(name, seed, 'test', runs[-1]['psnr']))
+        psnr, ssim, seconds = (np.array([run[key] for run in runs]) for key in ('psnr', 'ssim', 'seconds'))
+        error = psnr.mean(axis=0).std(ddof=1) / math.sqrt(psnr.shape[1])
         title = (f'{type(net).__name__}({net.D}), {len(history)} epochs'
                  + ", course's batch norm" * name.endswith('_course') + ', self-ensemble' * args.self_ensemble)
-        print(f'| {title} | {count_parameters(net):,} | {net.receptive_field} | '
-              f'{scores["psnr"].mean():.2f} ± {error:.2f} | {scores["ssim"].mean():.3f} | '
-              f'{old} | {minutes:.0f} | {scores["seconds"].mean():.2f} |', flush=True)
+        print(f'| {title} | {count_parameters(net):,} | {net.receptive_field} | {psnr.mean():.2f} ± {error:.2f} | '
+              f'{", ".join(f"{value:.2f}" for value in psnr.mean(axis=1))} | {ssim.mean():.3f} | '
+              f'{seconds.mean():.2f} |', flush=True)
+
+
+def bm3d(args):
+    """Scores BM3D on the test photographs, for comparison (needs `pip install bm3d`; a quarter of an hour)."""
+    import bm3d as package
+
+    def denoise(noisy):
+        image = ((noisy[0] + 1) / 2).permute(1, 2, 0).double().numpy()
+        return torch.from_numpy(package.bm3d_rgb(image, args.sigma / 255)).permute(2, 0, 1)[None].float() * 2 - 1
+
+    scores = benchmark(denoise, benchmark_pairs(find_photographs(args.data), args.sigma))
+    write_scores(args.scores, scores_as_rows('bm3d', 0, 'test', scores['psnr']))
+    print(f'BM3D: {scores["psnr"].mean():.2f} dB, SSIM {scores["ssim"].mean():.3f}, '
+          f'{scores["seconds"].mean():.1f} s / image')
 
 
 def denoise(args):
@@ -1036,7 +1057,7 @@ def denoise(args):
 def parse(words=None):
     """The options of the command line. Each command's are explained by ``COMMAND --help``."""
     parser = argparse.ArgumentParser(prog='denoising_utils', description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(required=True, metavar='train | ablation | evaluate | denoise | fetch')
+    commands = parser.add_subparsers(required=True, metavar='train | ablation | evaluate | bm3d | denoise | fetch')
 
     def command(function, **options):
         sub = commands.add_parser(function.__name__, help=function.__doc__.split('\n')[0],
@@ -1084,8 +1105,12 @@ def parse(words=None):
     add('--data', help='folder with train/ and test/ (default: see find_photographs)')
     add('--checkpoints', default=HERE / 'checkpoints', help='folder that holds a folder a network')
     add('--sigma', type=float, default=30, help='noise level, 0..255')
-    add('--repeats', type=int, default=20, help='draws of the old protocol')
+    add('--scores', help='also keep the PSNR of each photograph and seed in this file (CSV)')
     add('--self-ensemble', action='store_true', help='mean over the eight flips and quarter turns of each image')
+    add = command(bm3d)
+    add('--data', help='folder with train/ and test/ (default: see find_photographs)')
+    add('--sigma', type=float, default=30, help='noise level, 0..255')
+    add('--scores', default=HERE / 'checkpoints' / 'scores.csv', help='file of the scores')
     add = command(denoise)
     add('source', help='image file to read')
     add('target', help='image file to write')
