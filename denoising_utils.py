@@ -529,24 +529,24 @@ def count_parameters(net):
     return sum(p.numel() for p in net.parameters())
 
 
-def receptive_field_map(net, offset=0, draws=8):
+def receptive_field_map(net, offset=(0, 0), draws=8):
     """Which input pixels an output pixel depends on: a square of booleans, measured by autograd.
 
-    The output pixel is ``offset`` rows and columns below the middle. A copy of ``net`` with positive
-    weights is used, so that nothing cancels, and several random inputs, because max-pooling picks
-    other pixels each time.
+    The output pixel is ``offset`` rows and columns below and right of the middle one, which is the first
+    of its pooling cell. A copy of ``net`` with positive weights is used, so that nothing cancels, and
+    several random inputs, because max-pooling picks other pixels each time.
     """
     net = type(net)(net.D, C=2).double().eval()
     for name, parameter in net.named_parameters():
         nn.init.constant_(parameter, 0.1 if name.endswith('weight') else 0)
-    size = 2 * net.receptive_field + 4 * (net.pooling_cell - 1)
-    middle = size // 2 + offset
-    seen = torch.zeros(size, size, dtype=torch.bool)
+    cell = net.pooling_cell
+    middle = math.ceil((net.receptive_field + cell) / cell) * cell
     random = torch.Generator().manual_seed(0)
-    for _ in range(draws):
-        x = torch.rand(1, 3, size, size, generator=random, dtype=torch.float64, requires_grad=True)
-        (gradient,) = torch.autograd.grad(net(x)[0, 0, middle, middle], x)
-        seen |= (gradient[0] != 0).any(0)
+    seen = torch.zeros(2 * middle, 2 * middle, dtype=torch.bool)
+    for part in torch.arange(draws).split(50):
+        x = torch.rand(len(part), 3, *seen.shape, generator=random, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(net(x)[:, 0, middle + offset[0], middle + offset[1]].sum(), x)
+        seen |= (gradient != 0).flatten(0, 1).any(0)
     return seen
 
 
@@ -555,7 +555,7 @@ def measure_receptive_field(net):
 
     To be held against ``net.receptive_field``, which is the formula.
     """
-    columns = [receptive_field_map(net, k).any(0).nonzero() for k in range(net.pooling_cell)]
+    columns = [receptive_field_map(net, (k, k)).any(0).nonzero() for k in range(net.pooling_cell)]
     return max(int(where.max() - where.min()) + 1 for where in columns)
 
 
@@ -660,10 +660,10 @@ def plot(exp, fig, axes, noisy, visu_rate=2, clean=None):
 def draw_network(net, ax):
     """Draws the layers of a network of this file as they run on an image of 64x64 pixels.
 
-    A bar is a convolution: its height is that of the features it makes, its number the dilation.
-    Arcs are what is added to later layers.
+    A bar is a convolution: its height is that of the features it makes, its number the dilation if the
+    network has any. Arcs lead to where (+) earlier features, or the input x, are added.
     """
-    heights, sums = [], []
+    heights = []
     hooks = [conv.register_forward_hook(lambda conv, x, y: heights.append(y.shape[-2])) for conv in net.conv]
     training, net = net.training, net.eval()
     with torch.no_grad():
@@ -678,15 +678,24 @@ def draw_network(net, ax):
         if positions:
             bars = [heights[k] for k in positions]
             ax.bar(positions, bars, 0.6, [-height / 2 for height in bars], color=colour, alpha=0.8, label=kind)
-    for k, conv in enumerate(net.conv):
-        ax.text(k, 0, conv.dilation[0], ha='center', va='center', color='white', weight='bold')
-    if isinstance(net, UDnCNN):
-        sums = [(k, net.D - k) for k in range(1, net.D // 2)] + [(0, last - 1)]
-    for start, end in [*sums, (-1, last)]:
-        rise = 40 + 7 * (end - start)
-        ax.annotate('', (end + 0.42, 36), (start + 0.42, 36), annotation_clip=False, arrowprops=dict(
-            arrowstyle='->', color='0.4', connectionstyle=f'bar,angle=180,fraction={-rise / 1200 * 8 / (end - start)}'))
-    ax.set(xlim=(-1.2, last + 1.2), ylim=(-36, 60), title=f'{type(net).__name__}({net.D})')
+    ax.annotate('', (last + 1.3, 0), (-1.3, 0), arrowprops={'arrowstyle': '->', 'color': '0.4'}, zorder=0)
+    for x, text in ((-1.4, '$x$'), (last + 1.45, '$y$')):
+        ax.text(x, 0, text, ha='center', va='center', size='large')
+    if any(conv.dilation[0] > 1 for conv in net.conv):
+        for k, conv in enumerate(net.conv):
+            ax.text(k, 0, conv.dilation[0], ha='center', va='center', color='white', weight='bold')
+    for k, (before, after) in enumerate(zip(heights, heights[1:])):
+        if before != after:
+            ax.text(k + 0.5, -8, 'pool' if after < before else 'unpool', ha='center', rotation=90, va='top',
+                    size='small')
+    sums = [(k, net.D - k) for k in range(1, net.D // 2)] + [(0, last - 1)] if isinstance(net, UDnCNN) else []
+    for start, end in [*sums, (-1.25, last + 0.05)]:
+        start, end, top = start + 0.5, end + 0.5, 40 + 5 * (end - start)
+        ax.plot([start, start, end, end], [0, top, top, 4], color='0.4', lw=1.2)
+        ax.text(end, 0, '+', ha='center', va='center', color='0.2', weight='bold', zorder=3,
+                bbox={'boxstyle': 'circle,pad=0.1', 'facecolor': 'white', 'edgecolor': '0.4'})
+    ax.set(xlim=(-1.7, last + 1.7), ylim=(-36, 52 + 5 * last))
+    ax.set_title(f'{type(net).__name__}({net.D})', loc='left')
     ax.legend(loc='upper center', bbox_to_anchor=(0.5, 0), ncols=3)
     ax.axis('off')
 
