@@ -831,25 +831,6 @@ def benchmark(denoise, pairs):
     return dict(zip(('psnr', 'ssim', 'seconds'), np.array(rows).T))
 
 
-def old_protocol(net, root_dir, sigma=30, seed=0):
-    """The figure that an earlier solution of this assignment reported: one random draw of it, in dB.
-
-    Crops of 180x180 whose corner is drawn as for 320x320, which on these photographs means nearly
-    always their top rows or left columns; the PSNR of the mean squared error of each batch of 4,
-    averaged over the batches. For comparison with its figures only.
-    """
-    random = torch.Generator().manual_seed(seed)
-    crops = []
-    for image in NoisyBSDSDataset(root_dir, 'test', 180, sigma).images:
-        top, left = (int(torch.randint(n - 320 + 1, (), generator=random)) for n in image.shape[1:])
-        crops.append(image[:, top:top + 180, left:left + 180].float() / 127.5 - 1)
-    clean = torch.stack(crops).split(4)
-    with torch.inference_mode():
-        errors = [(net(d + 2 * sigma / 255 * torch.randn(d.shape, generator=random)) - d).square().mean()
-                  for d in clean]
-    return (10 * torch.log10(4 / torch.stack(errors))).mean().item()
-
-
 # --- scores of several trainings -----------------------------------------------------------------
 
 HELD_OUT = range(0, 200, 10)  # of the training photographs of BSDS300: what recipes are chosen on
@@ -943,13 +924,18 @@ def make_experiment(args):
         photographs = len(_image_files(root / 'test'))
         val_set = NoisyBSDSDataset(root, 'test', 96, subset=range(0, photographs, 5), **options)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    warm_up = max(1, args.warm_up * args.epochs)
-    scheduler = None if args.constant_rate else torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(
-        (epoch + 1) / warm_up, (1 + math.cos(math.pi * epoch / args.epochs)) / 2))
+    scheduler = None if args.constant_rate else torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: learning_rate(epoch, args.epochs, args.warm_up))
     return nt.Experiment(
         net, train_set, val_set, optimizer, DenoisingStatsManager(), batch_size=args.batch,
         output_dir=args.out or f'experiments/{args.net}', perform_validation_during_training=True,
         seed=args.seed, scheduler=scheduler, grad_clip=args.grad_clip, precision=args.precision)
+
+
+def learning_rate(epoch, epochs, warm_up=0.1):
+    """The learning rate in units of its peak, in epoch 0, 1, ... of ``epochs``: linear for the share
+    ``warm_up`` of them, and a cosine to 0."""
+    return min((epoch + 1) / max(1, warm_up * epochs), (1 + math.cos(math.pi * epoch / epochs)) / 2)
 
 
 def train(args):
