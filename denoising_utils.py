@@ -217,7 +217,7 @@ class NoisyBSDSDataset(td.Dataset):
 
     Raises:
         FileNotFoundError: the folder is missing or holds no image.
-        ValueError: a bad mode, size, sigma, clip or number of crops, an unreadable file, or one that is
+        ValueError: a bad mode, size, sigma, clip, subset or number of crops, an unreadable file, or one that is
             smaller than the crop; the message names it.
     """
 
@@ -242,6 +242,9 @@ class NoisyBSDSDataset(td.Dataset):
         if not self.files:
             raise FileNotFoundError(f'there is no image in {folder}')
         if subset is not None:
+            if not all(0 <= k < len(self.files) for k in subset):
+                raise ValueError(f'subset must be positions from 0 to {len(self.files) - 1} of the photographs in '
+                                 f'{folder}, got {subset!r}')
             self.files = [self.files[k] for k in subset]
         self.mode, self.image_size, self.sigma = mode, size, levels if np.iterable(sigma) else sigma
         self.seed = 0 if seed is None and mode == 'test' else seed
@@ -914,15 +917,15 @@ def make_experiment(args):
                            zero_last=args.zero_last)
     net = net.to(nt.find_device(), memory_format=torch.channels_last)
     root = find_photographs(args.data)
-    subset = [k for k in range(200) if k not in HELD_OUT] if args.hold_out else None
+    photographs = {mode: len(_image_files(root / mode)) for mode in ('train', 'test')}
+    subset = [k for k in range(photographs['train']) if k not in HELD_OUT] if args.hold_out else None
     options = dict(sigma=args.sigma[0] if len(args.sigma) == 1 else args.sigma, clip=args.clip, jitter=args.jitter)
     train_set = NoisyBSDSDataset(root, 'train', args.size, subset=subset, crops=args.crops,
                                  augment=not args.no_augment, **options)
     if args.hold_out:
         val_set = NoisyBSDSDataset(root, 'train', 96, subset=HELD_OUT, seed=0, **options)
     else:
-        photographs = len(_image_files(root / 'test'))
-        val_set = NoisyBSDSDataset(root, 'test', 96, subset=range(0, photographs, 5), **options)
+        val_set = NoisyBSDSDataset(root, 'test', 96, subset=range(0, photographs['test'], 5), **options)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     scheduler = None if args.constant_rate else torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: learning_rate(epoch, args.epochs, args.warm_up))

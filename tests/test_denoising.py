@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import stats
 
 import denoising_utils as du
 import nntools as nt
@@ -138,6 +139,7 @@ def test_files_are_sorted_and_crops_repeat_them(folder):
     (dict(image_size=(0, 5)), ValueError, 'image_size must be (height, width)'),
     (dict(image_size=(5.5, 5)), ValueError, 'image_size'),
     (dict(crops=0), ValueError, 'crops must be'),
+    (dict(subset=[0, 5]), ValueError, 'subset must be positions from 0 to 4'),
 ])
 def test_bad_arguments_of_the_data_set(folder, options, error, words):
     (folder / 'train' / '0.png').unlink()
@@ -281,6 +283,37 @@ def test_dilations():
     assert [conv.dilation[0] for conv in du.DUDnCNN(6).conv] == [1, 1, 2, 4, 4, 2, 1, 1]
 
 
+@pytest.mark.parametrize('arm', du.ARMS)
+def test_networks_of_the_ablation_differ_in_what_they_say_only(arm):
+    """Parameters by name and size as in DnCNN of the same depth; the receptive field as measured."""
+    network, D = du.ARMS[arm]
+    net, plain = du.make_network(network, D, C=4), du.DnCNN(D, C=4)
+    assert ({name: p.shape for name, p in net.state_dict().items()}
+            == {name: p.shape for name, p in plain.state_dict().items()})
+    assert du.measure_receptive_field(net) == net.receptive_field
+    assert net.receptive_field == {'dncnn': 17, 'skips': 17, 'dncnn14': 33, 'dilation': 33, 'dudncnn': 33,
+                                   'pooling': 36, 'udncnn': 36}[arm]
+
+
+def test_skips_and_dilation_by_hand():
+    """D = 2 has no room for dilation: without skips it is DnCNN, with them only the last sum is new."""
+    torch.manual_seed(0)
+    plain, x = du.DnCNN(2, C=3).eval(), torch.randn(1, 3, 9, 8)
+    first = torch.relu(plain.conv[0](x))
+    with_skip = x + plain.conv[-1]((plain.features(x) + first) / 2 ** 0.5)
+    for make, expected in ((du.DilationOnly, plain(x)), (du.PoolingOnly, plain(x)), (du.SkipsOnly, with_skip)):
+        net = make(2, C=3).eval()
+        net.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(net(x), expected)
+
+
+def test_receptive_field_of_udncnn_depends_on_the_place_in_the_pooling_cell():
+    for offset, (first, last) in (((0, 0), (-16, 19)), ((3, 0), (-19, 16))):
+        seen = du.receptive_field_map(du.UDnCNN(6), offset)
+        rows = seen.any(1).nonzero() - len(seen) // 2 - offset[0]
+        assert (rows.min(), rows.max()) == (first, last)
+
+
 @pytest.mark.parametrize('make', NETS)
 def test_names_in_the_state_dict(make):
     names = set(make(6).state_dict())
@@ -299,7 +332,7 @@ def test_any_size_and_any_number_of_channels(make, half, channels, n, height, wi
 
 @pytest.mark.parametrize('make', NETS)
 def test_every_convolution_takes_part(make):
-    """Each weight changes the output: in an earlier solution most had no effect."""
+    """Each weight changes the output: a lost return value of a block would leave most without effect."""
     torch.manual_seed(0)
     net = make(6, C=4)
     x = torch.randn(1, 3, 32, 32)
@@ -368,7 +401,7 @@ def test_initialisation_options():
     (lambda: du.UDnCNN(3), 'got 3'),
     (lambda: du.DUDnCNN(5), 'got 5'),
     (lambda: du.UDnCNN(6)(torch.zeros(1, 3, 3, 30)), 'at least 4 pixels for D = 6'),
-    (lambda: du.make_network('unet'), "dncnn, udncnn, dudncnn, got 'unet'"),
+    (lambda: du.make_network('unet'), "dncnn, udncnn, dudncnn, skips, dilation, pooling, got 'unet'"),
 ])
 def test_bad_networks(make, words):
     with pytest.raises(ValueError, match=words):
@@ -535,18 +568,52 @@ def test_evaluate_and_denoise_commands(folder, tmp_path, capsys, monkeypatch):
     exp = du.make_experiment(du.parse(['train', '--data', str(folder), '--D', '1', '--C', '2', '--size', '16',
                                        '--out', str(tmp_path / 'checkpoints' / 'dncnn')]))
     exp.run(1)
+    shutil.copytree(tmp_path / 'checkpoints' / 'dncnn', tmp_path / 'checkpoints' / 'dncnn_seed1')
     du.main(['evaluate', 'dncnn', '--data', str(folder), '--checkpoints', str(tmp_path / 'checkpoints'),
-             '--repeats', '2'])
+             '--scores', str(tmp_path / 'scores.csv')])
     out = capsys.readouterr().out
+    scores = du.read_scores(tmp_path / 'scores.csv', 'test')['dncnn']
+    assert scores.shape == (2, 3) and (scores[0] == scores[1]).all()
     assert 'NOT BSDS300' in out
-    assert f'| DnCNN(1), 1 epochs | {du.count_parameters(exp.net)} | 7 |' in out
+    assert f'| DnCNN(1), 1 epochs | {du.count_parameters(exp.net)} | 7 | {scores.mean():.2f} ± ' in out
     monkeypatch.setattr(du, 'HERE', tmp_path)
     du.main(['denoise', str(folder / 'test' / '0.png'), str(tmp_path / 'out.png'), '--net', 'dncnn'])
     with Image.open(tmp_path / 'out.png') as image:
         assert image.size == (330, 340)
 
 
-@pytest.mark.parametrize('name', du.NETWORKS)
+def test_ablation_command_trains_what_is_asked_for_and_prints_what_is_stored(folder, tmp_path, capsys, monkeypatch):
+    for mode in ('train', 'test'):
+        for file in (folder / mode).glob('*.png'):
+            Image.open(file).resize((330, 340)).save(file)
+    monkeypatch.setattr(du, 'HELD_OUT', range(0, 6, 3))
+    words = ['ablation', '--scores', str(tmp_path / 'scores.csv'), '--C', '2']
+    train = ['--retrain', '--data', str(folder), '--out', str(tmp_path / 'runs'), '--epochs', '1', '--seeds']
+    du.main([*words, *train, '0', '1', '--arms', 'dncnn', 'udncnn'])
+    du.main([*words, *train, '1', '--arms', 'udncnn'])  # again: the scores take the place of the old ones
+    capsys.readouterr()
+    du.main(words)
+    out = capsys.readouterr().out
+    tables = [du.read_scores(tmp_path / 'scores.csv', which) for which in ('held out', 'test')]
+    assert [{arm: values.shape for arm, values in scores.items()} for scores in tables] == [
+        {'dncnn': (2, 2), 'udncnn': (2, 2)}, {'dncnn': (2, 3), 'udncnn': (2, 3)}]
+    assert (f'| UDnCNN(6) | {du.count_parameters(du.UDnCNN(6, C=2))} | 36 | 2 | {tables[0]["udncnn"].mean():.2f} | '
+            f'{tables[0]["udncnn"].mean() - tables[0]["dncnn"].mean():+.2f} ± ') in out
+
+
+def test_intervals_are_those_of_students_t_tests():
+    random = np.random.default_rng(0)
+    scores = {'a': random.normal(30, 2, (3, 50)), 'b': random.normal(30.1, 2, (4, 50))}
+    a, b = (values.mean(axis=1) for values in scores.values())
+    mean, half = du.over_trainings(scores, 'a', 'b')
+    low, high = stats.ttest_ind(a, b).confidence_interval()
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    mean, half = du.over_photographs(scores['a'][0] - scores['b'][0])
+    low, high = stats.ttest_rel(scores['a'][0], scores['b'][0]).confidence_interval()
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in (du.HERE / 'checkpoints').iterdir() if path.is_dir()))
 def test_committed_networks_denoise(name, photographs):
     """Far better than the noisy image, on four test photographs."""
     net, history = du.load_network(name)
