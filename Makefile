@@ -9,11 +9,6 @@ PY = $(VENV)/bin/python
 READY = $(VENV)/.ready
 NOTEBOOK = Assignment4.ipynb
 
-# On Linux with glibc: memory that one layer frees stays for the next, instead of going back to the
-# system in between. Denoising a photograph on a CPU takes half the time (make benchmark).
-export MALLOC_MMAP_MAX_ = 0
-export MALLOC_TRIM_THRESHOLD_ = 4294967296
-
 bsds300_is_here = { [ -n "$$BSDS300" ] || [ -d BSDS300/images ]; }
 
 # Runs without a person: no progress bars. JupyterLab (make lab) shows them.

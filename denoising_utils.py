@@ -430,11 +430,11 @@ class DnCNN(NNRegressor):
 
     def block(self, k, h):
         """The k-th block, k = 0 ... D-1: convolution, batch norm, ReLU."""
-        return F.relu(self.bn[k](self.conv[k + 1](h)))
+        return F.relu(self.bn[k](self.conv[k + 1](h)), inplace=True)
 
     def features(self, x):
         """All but the last convolution: (N, C, height, width)."""
-        h = F.relu(self.conv[0](x))
+        h = F.relu(self.conv[0](x), inplace=True)
         for k in range(self.D):
             h = self.block(k, h)
         return h
@@ -484,10 +484,10 @@ class UDnCNN(DnCNN):
 
     def join(self, h, earlier):
         """An inner skip: adds earlier features of the same scale."""
-        return (h + earlier) / math.sqrt(2)
+        return (h + earlier).div_(math.sqrt(2))
 
     def features(self, x):
-        first = h = F.relu(self.conv[0](x))
+        first = h = F.relu(self.conv[0](x), inplace=True)
         scales = []
         for k in range(self.D // 2 - 1):
             h, way_back = self.down(self.block(k, h))
@@ -749,12 +749,12 @@ def _refresh(fig):
 
 # --- whole photographs ---------------------------------------------------------------------------
 
-def denoise_image(net, image, tile=256, strength=1.0):
+def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32):
     """Denoises an image of any size with bounded memory, in tiles of ``tile`` pixels.
 
     Each tile is read with a margin of half the receptive field or more, and cut where the pooling
     cells of the whole image would be, so that the result is that of the untiled image up to rounding.
-    On a graphics card it is computed in half precision. A progress bar shows on a terminal.
+    A progress bar shows on a terminal.
 
     Args:
         net: a network for three channels, on any device.
@@ -763,28 +763,37 @@ def denoise_image(net, image, tile=256, strength=1.0):
             goes through the network as three equal ones, of whose results the mean is taken.
         tile: side of the tiles in pixels.
         strength: 1 for what the network returns, 0 for the image as it is, or a blend of both.
+        precision: the type in which the layers compute, see `half_precision`.
 
     Returns a tensor like ``image`` on the CPU. Raises ValueError for another shape.
     """
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f'image must be (channels, height, width) with 1 or 3 channels, got the shape {tuple(image.shape)}')
-    cell = net.pooling_cell
-    tile, margin = (math.ceil(n / cell) * cell for n in (max(tile, 1), net.receptive_field // 2 + 1))
     height, width = image.shape[1:]
-    corners = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)]
+    tile, margin = (math.ceil(n / net.pooling_cell) * net.pooling_cell for n in (max(tile, 1), net.receptive_field // 2 + 1))
     result = torch.empty_like(image, device='cpu')
     training, device = net.training, net.device
     net.eval()
-    with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=device.type == 'cuda'):
-        for top, left in tqdm(corners, unit='tile', leave=False, disable=None):
+    with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        for top, left in tqdm([*itertools.product(range(0, height, tile), range(0, width, tile))], unit='tile',
+                              leave=False, disable=None):
             first_row, first_column = max(0, top - margin), max(0, left - margin)
-            part = to_floats(image[:, first_row:top + tile + margin, first_column:left + tile + margin].to(device))
-            part = part.lerp(net(part.expand(1, 3, -1, -1))[0].float(), strength)
+            part = image[:, first_row:top + tile + margin, first_column:left + tile + margin].to(device)
+            part = to_floats(part).expand(1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+            part = part.lerp(net(part).float(), strength)[0, :, top - first_row:, left - first_column:][:, :tile, :tile]
             part = part.mean(0, keepdim=True) if len(image) == 1 else part
-            part = part[:, top - first_row:, left - first_column:][:, :tile, :tile]
             result[:, top:top + tile, left:left + tile] = to_integers(part, image.dtype)
     net.train(training)
     return result
+
+
+def half_precision(device):
+    """The `torch.dtype` in which layers compute fastest on ``device``: half precision where it has
+    instructions for it. In 8 bits that changes one value in seven, by one."""
+    if device.type == 'cuda':
+        return torch.float16
+    abilities = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
+    return torch.bfloat16 if abilities.get('avx512_bf16') or abilities.get('amx_bf16') else torch.float32
 
 
 def for_level(net, sigma, trained=30):
@@ -831,7 +840,7 @@ def noise_level(image):
         return float(np.nan_to_num(estimate_sigma(middle, channel_axis=0, average_sigmas=True)))
 
 
-def denoise_file(net, source, target, *, strength=1.0, tile=256, force=False):
+def denoise_file(net, source, target, *, strength=1.0, precision=torch.float32, force=False):
     """Denoises an image file at full size, see `denoise_image`, and writes it to ``target``.
 
     What is read and what is kept: see `read_image` and `write_image`. Returns the `noise_level` of the
@@ -848,7 +857,7 @@ def denoise_file(net, source, target, *, strength=1.0, tile=256, force=False):
     image = read_image(source)
     _check_target(image, target)
     before = noise_level(image.pixels)
-    image.pixels = denoise_image(net, image.pixels, tile, strength)
+    image.pixels = denoise_image(net, image.pixels, strength=strength, precision=precision)
     write_image(image, target)
     return before, noise_level(image.pixels)
 
@@ -1222,7 +1231,8 @@ def denoise(args):
     failed = 0
     for source, target in pairs:
         try:
-            before, after = denoise_file(net, source, target, strength=args.strength, force=args.force)
+            before, after = denoise_file(net, source, target, strength=args.strength, force=args.force,
+                                         precision=half_precision(net.device))
             print(f'{target}: noise level {before:.1f} before, {after:.1f} after (estimated, of 255)', flush=True)
         except (OSError, ValueError) as error:
             failed += 1

@@ -315,7 +315,7 @@ def test_24_megapixels_take_300_megabytes_beside_the_result(tmp_path):
 FAULTS = """
 import resource, denoising_utils, torch
 for k in range(21):
-    torch.ones(5_000_000)
+    torch.ones(10_000_000)
     if k == 0:
         first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
@@ -324,6 +324,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is of glibc')
 def test_freed_memory_is_kept_without_settings_of_the_environment():
-    """20 times 20 MB that are given back and taken again cause a page fault each 4 KiB."""
-    kept, given_back = int(run(FAULTS)), int(run(FAULTS, MALLOC_MMAP_MAX_='65536'))
+    """20 times 40 MB that are given back and taken again cause a page fault each 4 KiB."""
+    kept, given_back = int(run(FAULTS)), int(run(FAULTS, MALLOC_PERTURB_='0'))
     assert 5 * kept < given_back
