@@ -10,17 +10,12 @@ READY = $(VENV)/.ready
 VERSIONS =
 NOTEBOOK = Assignment4.ipynb
 
-# On Linux with glibc: memory that one layer frees stays for the next, instead of going back to the
-# system in between. Denoising a photograph on a CPU takes half the time (make benchmark).
-export MALLOC_MMAP_MAX_ = 0
-export MALLOC_TRIM_THRESHOLD_ = 4294967296
-
 bsds300_is_here = { [ -n "$$BSDS300" ] || [ -d BSDS300/images ]; }
 
 # Runs without a person: no progress bars. JupyterLab (make lab) shows them.
 headless = TQDM_DISABLE=1 $(PY)
 
-.PHONY: help setup notebook refresh lab test test-lowest lint nbval train results benchmark clean
+.PHONY: help setup notebook refresh lab test test-lowest lint nbval train results ablation benchmark clean
 
 help:
 	@echo 'make notebook   run the notebook top to bottom; the result is in experiments/'
@@ -30,6 +25,7 @@ help:
 	@echo 'make refresh    run the notebook and renew the outputs stored in it'
 	@echo 'make nbval      only the comparison of the notebook with its stored outputs'
 	@echo 'make train NET=dncnn|udncnn|dudncnn, make results, make benchmark, make lint, make clean'
+	@echo 'make ablation   what skips, dilation and pooling give (RETRAIN=1: hours of training)'
 
 setup: $(READY)
 
@@ -86,6 +82,9 @@ train: $(READY)
 
 results: $(READY)
 	$(PY) -m denoising_utils evaluate
+
+ablation: $(READY)
+	$(headless) -m denoising_utils ablation $(if $(RETRAIN),--retrain)
 
 benchmark: $(READY)
 	$(PY) tests/benchmark.py
