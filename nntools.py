@@ -30,18 +30,16 @@ Started by ``torchrun``, the same script trains on all its processes. The interf
 helper of the UCSD course ECE 285 (C. Deledalle, 2019): its programs and checkpoints keep working.
 """
 import ast
-import atexit
 import codecs
 import contextlib
 import copy
 import csv
 import dataclasses
 import difflib
-import hashlib
 import inspect
-import io
 import itertools
 import math
+import operator
 import os
 import random
 import re
@@ -65,14 +63,16 @@ except ImportError:  # Windows
 
 __all__ = ['NeuralNetwork', 'StatsManager', 'Experiment', 'find_device', 'load_checkpoint', 'mix_seeds']
 
-FORMAT = 3  # of checkpoints; 2 kept its settings in config.txt, and so did that of 2019, which has no number
+FORMAT = 3  # of checkpoints; in older ones, the settings are in config.txt
 KEYS = {'Net', 'Optimizer', 'History'}  # of every checkpoint
+STATE = KEYS | {'Seconds', 'Best', 'Setting', 'Format', 'Scheduler', 'Scaler'}  # of those written here
+PRECISIONS = ('float32', 'bfloat16', 'float16')
 
 
-# --- network and statistics ----------------------------------------------------------------------
+# --- network and statistics ------------------------------------------------------------------------
 
 class readable:
-    """A property that a subclass of 2019 may cover with an attribute or a method of its own."""
+    """A property that a subclass may cover with an attribute of its own, as those of 2019 do."""
 
     def __init__(self, get):
         self.get, self.__doc__ = get, get.__doc__
@@ -98,7 +98,7 @@ class NeuralNetwork(nn.Module, ABC):
         return ((name, p) for name, p in super().named_parameters(*args, **kwargs) if p.requires_grad)
 
     def requires_grad_(self, requires_grad=True):
-        """As in `torch.nn.Module`: freezes all parameters, or thaws all, those too that are frozen."""
+        """As in `torch.nn.Module`: freezes all parameters, or thaws all, the frozen ones too."""
         for _, parameter in super().named_parameters():
             parameter.requires_grad_(requires_grad)
         return self
@@ -115,12 +115,10 @@ class NeuralNetwork(nn.Module, ABC):
 class StatsManager:
     """The statistics of one pass over a data set: the mean loss per sample, and ``metrics``.
 
-    ``metrics`` is a dict of name to function of (y, d). It returns a value for each sample, (N,) or
-    (N, ...), or one for the batch; the mean over the samples is taken.
-
-    For more, extend three methods: ``init`` begins a pass, ``accumulate`` adds a batch, ``summarize``
-    returns the statistics as a dict. What they count stays readable after the pass. Under torchrun,
-    every process is given the batches of all.
+    ``metrics`` is a dict of name to function of (y, d), which returns a value for each sample, (N,) or
+    (N, ...), or one for the batch; they are averaged over the samples. For more, extend three methods:
+    ``init`` begins a pass, ``accumulate`` adds a batch, ``summarize`` returns a dict. What they count
+    stays readable after the pass. Under torchrun every process adds the batches of all.
     """
     _metrics = {}
 
@@ -131,89 +129,85 @@ class StatsManager:
         return ', '.join([type(self).__name__, *self._metrics])
 
     def __getattr__(self, name):
-        hint = ' yet: init must call super().init()' if name in ('running_loss', 'number_update', '_samples') else ''
-        raise AttributeError(f'{type(self).__name__} has no {name}{hint}')
+        raise AttributeError(f'{type(self).__name__} has no {name}; if it is counted in a pass, init must '
+                             'set it, and call super().init()')
 
     def init(self):
         """Begins a pass."""
-        self.running_loss, self.number_update = 0.0, 0  # of 2019: by batches
+        self.running_loss, self.number_update = 0.0, 0  # as in 2019: counted in batches
         self._loss, self._samples, self._sums = 0.0, 0, dict.fromkeys(self._metrics, 0.0)
 
     def accumulate(self, loss, x=None, y=None, d=None):
         """Adds a batch: ``loss`` is its mean loss (a float), ``x`` the input (N, ...), ``y`` the
         prediction, ``d`` what was desired. Called without gradients."""
         if self.number_update == 0:
-            StatsManager.init(self)  # a subclass of 2019 may have an init that does not call this one
+            StatsManager.init(self)  # an init of 2019 need not have called it
         samples = self.count_samples(x, d)
         self.running_loss += loss
         self.number_update += 1
         self._loss += loss * samples
         self._samples += samples
         for name, metric in self._metrics.items():
-            values = torch.as_tensor(metric(y, d)).double()
-            self._sums[name] += values.mean().item() * samples
+            self._sums[name] += torch.as_tensor(metric(y, d)).double().mean().item() * samples
 
     def summarize(self):
-        """The mean loss per sample (a float); with metrics a dict of ``'loss'`` and theirs."""
-        loss = self._loss / self._samples if vars(self).get('_samples') else self.running_loss / self.number_update
-        return {'loss': loss, **{k: v / self._samples for k, v in self._sums.items()}} if self._metrics else loss
+        """The mean loss per sample (a float); with metrics, a dict of ``'loss'`` and theirs."""
+        if not vars(self).get('_samples'):  # counted by a subclass of 2019
+            return self.running_loss / self.number_update
+        means = {name: total / self._samples for name, total in self._sums.items()}
+        return {'loss': self._loss / self._samples} | means if means else self._loss / self._samples
 
     @readable
     def number_samples(self):
-        """How many samples were counted in this pass: what a mean should rest on."""
+        """How many samples this pass has counted: what a mean should rest on."""
         return self._samples
 
     def count_samples(self, x, d):
-        """How many samples a batch has: tensors (N, ...), alone or in lists and dicts (as
-        `default_collate` makes them), a `PackedSequence`, or a list of samples of several sizes.
-        Raises TypeError, and asks to be overridden, for anything else."""
+        """How many samples a batch has: the length of the tensor ``d`` or ``x``, of a `PackedSequence`,
+        of the tensors in a dict, of a list of samples. To be overridden where TypeError asks for it."""
         for part in (d, x):
-            if isinstance(part, torch.Tensor):
-                return len(part) if part.ndim else 1
-        for part in (x, d):
             if isinstance(part, nn.utils.rnn.PackedSequence):
                 return int(part.batch_sizes[0])
-        if isinstance(x, (list, tuple)) and isinstance(d, (list, tuple)) and len(x) == len(d) and not (
-                len({len(t) if t.ndim else 1 for t in _tensors([x, d])}) == 1):
+            if isinstance(part, torch.Tensor):
+                return len(part) if part.ndim else 1
+        sizes = {len(tensor) if tensor.ndim else 0 for tensor in _tensors([x, d])}
+        if isinstance(x, (list, tuple)) and (len(sizes) > 1 or sizes <= {len(x)}):
             return len(x)
-        sizes = {len(tensor) if tensor.ndim else 1 for tensor in _tensors(x)}
-        if len(sizes) == 1:
+        if isinstance(x, dict) and len(sizes) == 1:
             return sizes.pop()
-        if len(sizes) > 1 and isinstance(x, (list, tuple)):
-            return len(x)
-        raise TypeError(f'how many samples has a batch whose x is a {type(x).__name__}? '
+        raise TypeError(f'how many samples are in a batch with a {type(x).__name__} of {len(_tensors(x))} tensors? '
                         f'Override {type(self).__name__}.count_samples(x, d)')
 
 
-# --- the experiment ------------------------------------------------------------------------------
+# --- the experiment --------------------------------------------------------------------------------
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Experiment:
     """Trains a network and keeps, in one folder, all that is needed to go on later.
 
-    If ``output_dir`` already holds a checkpoint, it is loaded, after a check that it was made with
-    the same settings. Otherwise a first one is written, at epoch 0. Arguments are checked first:
-    ValueError and TypeError say what is wrong with which. RuntimeError: the checkpoint can't be read.
-    OSError: the folder can't be written. What was saved is left alone by all of them.
+    If ``output_dir`` already holds a checkpoint, it is loaded, after a check that it was made with the
+    same settings; else a first one is written, at epoch 0. TypeError and ValueError say which argument
+    is wrong, RuntimeError that the checkpoint can't be read, OSError that the folder can't be written;
+    what was saved is left alone by all of them.
 
-    Meant to be overridden: `step`, `setting`, `state_dict`, `load_state_dict`. Set what they use
-    before you call ``super().__init__``.
+    Meant to be overridden: `step`, `setting`, `state_dict`, `load_state_dict`. Set what these use before
+    you call ``super().__init__``.
     """
-    net: nn.Module  # a `NeuralNetwork`, or any module with a method ``criterion(y, d)``
+    net: nn.Module  # a `NeuralNetwork`, or any module with a method ``criterion(y, d)``; not lazy
     train_set: td.Dataset  # of pairs (x, d); or a ready `DataLoader`, used as it is
     val_set: td.Dataset  # the same; None if nothing is to be evaluated
     optimizer: torch.optim.Optimizer  # of ``net``; not LBFGS, whose step needs a closure
     stats_manager: StatsManager
     output_dir: str = None  # the folder (default: ``experiment_`` and the time), shared by all machines
-    batch_size: int = 16  # samples of one step, over all processes
-    perform_validation_during_training: bool = False  # after each epoch; `history` then has pairs (training, validation)
+    batch_size: int = 16  # samples of a batch, over all processes
+    perform_validation_during_training: bool = False  # `history` then has pairs (training, validation)
     _: dataclasses.KW_ONLY
     seed: int = None  # of batch order, dropout, noise; default: the checkpoint's, at first drawn from torch's generator
     device: str = None  # 'cuda', 'mps', 'cpu' or 'auto': where ``net`` is moved; by default it stays
     scheduler: dataclasses.InitVar[object] = None  # stepped after each epoch, `ReduceLROnPlateau` with ``best_by``
     grad_clip: float = None  # upper bound on the norm of the gradient
     batches_per_step: int = 1  # batches whose mean gradient makes one step; at the end of an epoch, what is left
-    precision: str = 'float32'  # of training; or 'bfloat16', or 'float16' (with loss scaling on CUDA)
+    precision: str = 'float32'  # of training; or 'bfloat16', or 'float16', with loss scaling
     num_workers: int = 0  # of the loaders
     collate_fn: object = None  # of the loaders
     drop_last: bool = True  # leave out the last batch of an epoch if it is short
@@ -221,102 +215,78 @@ class Experiment:
     best_by: str = None  # a statistic ('PSNR'; in validation if there is one): best.pth.tar has its best epoch
     best_mode: str = 'min'  # or 'max'
     save_every: int = 1  # epochs between two checkpoints; the last one of a run is always saved
-    also_save: dict = None  # name to what has state_dict: a second optimizer, averages
+    also_save: dict = None  # name to what has state_dict and load_state_dict: a second optimizer, averages
     allow: tuple = ()  # settings that may differ from the checkpoint's: ``('Optimizer', 'Scheduler')``
 
-    # For subclasses of 2019 that never call __init__.
-    train_loader = val_loader = _scheduler = _scaler = _state = None
-    batch, _seconds, _clean, _stopped, _parted, _saved = 0, (), True, False, False, None
+    # For subclasses of 2019, which need not call __init__.
+    train_loader = val_loader = _scheduler = _scaler = _state = _named = None
+    batch, _seconds, _whole, _stopped, _saved = 0, (), True, False, None
 
     def __post_init__(self, scheduler):
-        self._scheduler, self.history, self._seconds, self.also_save = scheduler, [], [], dict(self.also_save or {})
+        self._scheduler, self.also_save, self.history = scheduler, dict(self.also_save or {}), []
         self.allow = (self.allow,) if isinstance(self.allow, str) else tuple(self.allow)
         _check_arguments(self)
         _start_distributed()
         if self.device is not None:
-            device = _device(self.device)
+            device = find_device(self.device)
             self.net.to(device)
             if 'device' in vars(self.net):
                 self.net.device = device
         self.device = _device_of(self.net)
-        if self.precision == 'float16' and self.device.type == 'cuda':
-            self._scaler = torch.amp.GradScaler('cuda')
+        if self.precision == 'float16' and self.device.type in ('cuda', 'cpu'):
+            self._scaler = torch.amp.GradScaler(self.device.type)
         self.output_dir = os.path.expanduser(self.output_dir or f'experiment_{_from_rank_0(time.time())}')
-        for name in ('checkpoint', 'best'):
-            setattr(self, f'{name}_path', os.path.join(self.output_dir, f'{name}.pth.tar'))
-        self.config_path = os.path.join(self.output_dir, 'config.txt')
-        stored = _read(self, self.checkpoint_path) if _from_rank_0(os.path.isfile(self.checkpoint_path)) else {}
-        if self.seed is None:
-            self.seed = _stored_seed(self, stored)
+        self.checkpoint_path, self.best_path, self.config_path = (
+            os.path.join(self.output_dir, name) for name in ('checkpoint.pth.tar', 'best.pth.tar', 'config.txt'))
+        stored = self._read(self.checkpoint_path) if _from_rank_0(os.path.isfile(self.checkpoint_path)) else {}
+        self.seed = _stored_seed(self, stored) if self.seed is None else int(self.seed)
         if self.best_by is None:
             self.best_by, self.best_mode = stored.get('Best', (None, self.best_mode))
         self.train_loader = _loader(self, self.train_set, training=True)
         self.val_loader = None if self.val_set is None else _loader(self, self.val_set)
-        if _world_size() > 1:
-            for tensor in self.net.state_dict().values():  # all start from the weights of rank 0
-                dist.broadcast(tensor, 0)
+        for tensor in self.net.state_dict().values() if _world_size() > 1 else ():
+            dist.broadcast(tensor, 0)  # all start from the weights of the first process
         try:
-            self._open(stored)
+            _open(self, stored)
         except AttributeError as error:
             raise AttributeError(f'{error}. Set it before you call super().__init__(), which needs it') from error
 
-    def _open(self, stored):
-        """Goes on from the checkpoint that was found, or writes the first one."""
-        differences = _compare_settings(self, stored) if stored else {}
-        if stored and stored.get('History', True):
-            _refuse_conflicts(self, differences)
-            _take_with_changes(self, stored, differences)
-        elif stored and not differences:
-            self._take(stored)
-        if not stored or differences:  # other settings at epoch 0: there is nothing to lose
-            self.save()
-        self._saved = self.epoch
-        _check_best(self)
-
-    # --- the loop --------------------------------------------------------------------------------
+    # --- the loop ----------------------------------------------------------------------------------
 
     def run(self, num_epochs, callback=None, *, after_batch=None, plot=None):
         """Trains until ``num_epochs`` epochs are done in all, those of earlier runs included.
 
-        ``callback(exp)`` (``plot`` in the course) is called before training and after every epoch:
-        draw, log, or call `stop` there; ``after_batch(exp, loss)`` after every batch of training
-        (number ``exp.batch``). Both without gradients; ``callback`` with the network in evaluation
-        mode, and on one process only.
+        ``callback(exp)`` (``plot`` in the course) is called before training and after every epoch, in
+        evaluation mode and on one process only: draw, log, or call `stop`; ``after_batch(exp, loss)``
+        after every batch of training, whose number is ``exp.batch``. Both without gradients.
 
         Whatever interrupts it, the experiment goes back to the last epoch that was finished, and the
-        exception goes on to the caller: a new ``run`` continues from there. A loss that is NaN or
-        infinite raises FloatingPointError, which names epoch and batch.
+        exception goes on to the caller: a new ``run`` continues from there. A loss or weights that are
+        not finite raise FloatingPointError, which names epoch and batch.
         """
-        _check_whole('num_epochs', num_epochs, 0)
-        if callback is not None and plot is not None:
-            raise ValueError('callback and plot are two names of one thing: give one of them')
         callback, mode = callback or plot, self.net.training
-        with _locked(os.path.dirname(self.checkpoint_path)), torch.no_grad(), _progress_bar(self.train_loader) as bar:
-            self._begin(num_epochs)
+        with _locked(self.checkpoint_path), torch.no_grad(), _progress_bar(self.train_loader) as bar:
             try:
-                self.net.eval()
+                self._begin(num_epochs)
                 self._call(callback)
                 while self.epoch < num_epochs and not self._stopped:
-                    start = time.time()
                     bar.set_description(f'Epoch {self.epoch + 1}/{num_epochs}', refresh=False)
-                    summary = self._train_epoch(bar, after_batch)
-                    if self.perform_validation_during_training:
-                        summary = summary, _kept(self.evaluate())
-                    self._end_epoch(summary, time.time() - start)
-                    self._save_state(only_if_due=self.epoch < num_epochs)
+                    self._run_epoch(bar, after_batch)
+                    self._keep(last=self.epoch == num_epochs)
                     _say(f'Epoch {self.epoch}/{num_epochs}: {_line(self)} ({self._seconds[-1]:.2f} s)')
                     self._call(callback)
-                self._save_state()
+                self._keep(last=True)
             except BaseException as error:
                 self._fall_back(error)
                 raise
             finally:
                 self.net.train(mode)
-        self._clean = True
+        self._whole = True
         _say(f'{"Stopped after" if self.epoch < num_epochs else "Finish training for"} {self.epoch} epochs')
 
-    def _train_epoch(self, bar, after_batch):
-        """One pass over the training set. Returns its summary."""
+    def _run_epoch(self, bar, after_batch):
+        """Trains for one epoch, validates, and adds a line to the history."""
+        start = time.time()
         bar.reset()
         self.net.train()
         self.stats_manager.init()
@@ -330,8 +300,8 @@ class Experiment:
                     raise _not_finite(self, f'the loss is {loss}', batch)
                 for part in _from_all((loss, x, y, d)):
                     self.stats_manager.accumulate(*part)
-                if self.batch == 1:
-                    _check_summary(self, self.stats_manager.summarize(), training=True)
+                if number == 1 and not self.perform_validation_during_training:
+                    _check_summary(self, self.stats_manager.summarize())
                 if after_batch is not None:
                     after_batch(self, loss)
                 if not bar.disable:
@@ -341,10 +311,12 @@ class Experiment:
             raise _not_finite(self, 'weights are not finite', batch)
         self.batch = 0
         self.net.eval()
-        if _world_size() > 1:  # each process has its own batch-norm statistics: rank 0's count
-            for buffer in self.net.buffers():
-                dist.broadcast(buffer, 0)
-        return _kept(self.stats_manager.summarize())
+        for buffer in self.net.buffers() if _world_size() > 1 else ():
+            dist.broadcast(buffer, 0)  # the batch-norm statistics of the first process count
+        summary = _kept(self.stats_manager.summarize())
+        self.history.append((summary, _kept(self.evaluate())) if self.perform_validation_during_training else summary)
+        _step_scheduler(self, self.history[-1])
+        self._seconds = [*self._seconds, *[math.nan] * self.epoch][:self.epoch - 1] + [time.time() - start]
 
     def step(self, batch):
         """What is done with one batch, in training and in evaluation: **the method to override**.
@@ -361,8 +333,8 @@ class Experiment:
                 return loss_g + loss_d, x, None, None
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            size = f' of {len(batch)}' if hasattr(batch, '__len__') else ''
-            raise TypeError(f'a batch must be a pair (x, d), got a {type(batch).__name__}{size}: override step')
+            raise TypeError(f'a batch must be a pair (x, d), got a {type(batch).__name__} of '
+                            f'{operator.length_hint(batch)}: override step')
         x, d = batch
         y = self.net(x)
         loss = self.net.criterion(y, d)
@@ -370,18 +342,15 @@ class Experiment:
         return loss, x, y, d
 
     def update(self, loss, optimizer=None):
-        """One step of ``optimizer`` (default: the experiment's) down the gradient of ``loss``, which
-        is averaged over the processes of torchrun, and over ``batches_per_step`` batches."""
+        """One step of ``optimizer`` (default: the experiment's) down the gradient of ``loss``, averaged
+        over the processes of torchrun, and over ``batches_per_step`` batches (with one optimizer)."""
         if not self.net.training:
             return
         if loss.numel() != 1:
             raise ValueError(f'the loss must be one number, got the shape {tuple(loss.shape)}: take its mean')
-        if optimizer is not None and self.batches_per_step > 1:
-            raise ValueError(f'batches_per_step={self.batches_per_step} works with one optimizer; update got another')
-        optimizer, scaler = optimizer or self.optimizer, self._scaler
-        number, batches = 1, 1  # this batch's among those of this step, and how many these are
+        optimizer, scaler, number, batches = optimizer or self.optimizer, self._scaler, 1, 1
         if self.batches_per_step > 1:
-            number = (self.batch - 1) % self.batches_per_step + 1
+            number = (self.batch - 1) % self.batches_per_step + 1  # of this batch among those of the step
             batches = min(self.batches_per_step, len(self.train_loader) - self.batch + number)
             loss = loss / batches
         if number == 1:
@@ -400,115 +369,107 @@ class Experiment:
         else:
             optimizer.step()
 
+    def stop(self):
+        """Ends the run after the present epoch: ``if exp.epoch - exp.best[0] >= 10: exp.stop()``."""
+        self._stopped = True
+
+    # --- what surrounds an epoch -------------------------------------------------------------------
+
+    def _begin(self, num_epochs):
+        """Starts from a whole state, and remembers it: what the run goes back to."""
+        _check_whole('num_epochs', num_epochs, 0)
+        if not self._whole:
+            self._take(self._state)  # a run was left, and perhaps interrupted again on its way back
+        self.seed = _stored_seed(self, {}) if self.seed is None else self.seed
+        _say(f'Start/Continue training from epoch {self.epoch}')
+        _say_what_is_not_trained(self)
+        self._stopped, self.batch = False, 0
+        self.net.eval()
+        if self.epoch < num_epochs and self.perform_validation_during_training:
+            _try_evaluation(self)
+        self._state = self._copied_state()
+        self._whole = False
+        if self.epoch < num_epochs:
+            self.save()  # the weights may have changed since: another experiment can share them
+
+    def _keep(self, last):
+        """Remembers the epoch just finished, and saves it. The best goes first: if a kill comes between
+        the two, the epoch is done again, and both are written again."""
+        if self._saved == self.epoch:
+            return
+        self._state = self._copied_state()
+        if self.best_by is not None and _best(self)[0] == self.epoch:
+            _save(self._state, self.best_path)
+        if last or self.epoch % self.save_every == 0:
+            self.save()
+
+    def _call(self, callback):
+        """The callback runs on one process. The others wait for it, and hear whether it called `stop`."""
+        if callback is not None and _rank() == 0:
+            callback(self)
+        self._stopped = _from_rank_0(self._stopped)
+
+    def _fall_back(self, error):
+        """Returns to the last epoch that was finished, and saves it if it is not on disk."""
+        if self._whole:  # nothing has been done yet
+            return
+        self.batch = 0
+        self._take(self._state)
+        saved = 'saved'
+        try:
+            if self._saved != self.epoch and _world_size() == 1:
+                self.save()
+        except OSError as full:
+            saved = f'in memory only ({full})'
+        _say(f'{type(error).__name__}: back to epoch {self.epoch}, the last one finished, which is {saved}. '
+             'Call run again to go on from there.')
+        if _world_size() > 1:
+            dist.destroy_process_group()  # so that the others don't wait for this one for ever
+
+    def _take(self, state):
+        """Goes to a state; if that is interrupted, the next `run` does it again."""
+        before, (self._state, self._whole) = (self._state, self._whole), (state, False)
+        try:
+            self.load_state_dict(state)
+        except Exception:  # it does not fit, and nothing was changed
+            self._state, self._whole = before
+            raise
+        self._whole = True
+
+    def _copied_state(self):
+        state = self.state_dict()  # but for the entries of the history, which don't change
+        return copy.deepcopy(state, {id(entries): list(entries) for entries in [state.get('History')]})
+
+    # --- evaluation --------------------------------------------------------------------------------
+
     def evaluate(self, data=None):
         """The summary over all of ``data`` (data set or `DataLoader`; default: the validation set), in
         evaluation mode. Random numbers drawn meanwhile follow from the seed alone, and leave those of
-        the training and of the caller as they were. The processes of torchrun share the batches."""
+        the training and of the caller as they were. Under torchrun each process evaluates it all."""
         loader = self.val_loader if data is None else _loader(self, data)
         if loader is None:
             raise ValueError('there is nothing to evaluate: val_set is None; pass a data set')
-        stats = copy.copy(self.stats_manager) if self.batch else self.stats_manager  # called in a step
+        stats = copy.copy(self.stats_manager) if self.batch else self.stats_manager  # called by a step, or not
         stats.init()
-        with self._evaluating(loader):
-            batches = _batches(self, loader)
-            while some := list(itertools.islice(batches, _world_size())):  # one for each process
-                mine = self.step(some[_rank()]) if _rank() < len(some) else None
-                for part in _from_all(mine and (float(mine[0]), *mine[1:])):
-                    if part is not None:
-                        stats.accumulate(*part)
+        for loss, *rest in _evaluated(self, loader, self.step):
+            stats.accumulate(float(loss), *rest)
         return stats.summarize()
 
     def predict(self, data, targets=False):
         """The network's outputs for all of ``data``, in order: a tensor (N, ...) on the CPU; with
         ``targets`` a pair of it and what was desired. ``data`` is a tensor of inputs (N, ...), a data
-        set or a `DataLoader`, which is gone through in order whatever it does in training. Of outputs
-        in a tuple the first is taken. Under torchrun each process computes them all."""
-        if isinstance(data, td.DataLoader) and not isinstance(data.dataset, td.IterableDataset):
-            data = td.DataLoader(data.dataset, data.batch_size or self.batch_size, collate_fn=data.collate_fn)
-        elif not isinstance(data, td.DataLoader):
-            collate = None if isinstance(data, torch.Tensor) else self.collate_fn
-            data = td.DataLoader(data, self.batch_size, collate_fn=collate)
-        outputs, desired = [], []
-        with self._evaluating(data):
-            for batch in _batches(self, data):
-                y, d = (self.net(batch), None) if isinstance(batch, torch.Tensor) else self.step(batch)[2:]
-                outputs.append((y[0] if isinstance(y, (tuple, list)) else y).cpu())
-                desired.append(d.cpu() if targets else None)
+        set, or a `DataLoader`, whose data set is gone through in order. Of outputs in a tuple the first
+        is taken. Under torchrun each process computes them all."""
+        collate = None if isinstance(data, torch.Tensor) else getattr(data, 'collate_fn', self.collate_fn)
+        data = getattr(data, 'dataset', data) if isinstance(data, td.DataLoader) else data
+        loader, outputs, desired = td.DataLoader(data, self.batch_size, collate_fn=collate), [], []
+        for *_, y, d in _evaluated(self, loader, lambda batch: (
+                (self.net(batch), None) if isinstance(batch, torch.Tensor) else self.step(batch))):
+            outputs.append((y[0] if isinstance(y, (tuple, list)) else y).cpu())
+            desired.append(d.cpu() if targets else None)
         return (torch.cat(outputs), torch.cat(desired)) if targets else torch.cat(outputs)
 
-    def stop(self):
-        """Ends the run after the present epoch: ``if exp.epoch - exp.best[0] >= 10: exp.stop()``."""
-        self._stopped = True
-
-    # --- the parts of a run ----------------------------------------------------------------------
-
-    def _begin(self, num_epochs):
-        """Makes sure that the run begins with a whole state, which is kept, and that it can end."""
-        if self._parted:
-            raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
-        if not self._clean:
-            self._take(self._state)  # a run was left, and perhaps interrupted again on its way back
-        if self.seed is None:
-            self.seed = _stored_seed(self, {})
-        _say(f'Start/Continue training from epoch {self.epoch}')
-        self._stopped, self.batch = False, 0
-        _warn_of_parameters_without_optimizer(self)
-        if self.epoch < num_epochs:
-            if self.perform_validation_during_training:
-                _try_evaluation(self)
-            self.save()  # the weights may have changed since: another experiment can share them
-        self._state, self._clean = self._snapshot(), False
-
-    def _end_epoch(self, summary, seconds):
-        """Everything that belongs to the epoch just done; its state is what a run goes back to."""
-        self.history.append(summary)
-        _step_scheduler(self, summary)
-        self._seconds = [*self._seconds, *[math.nan] * self.epoch][:self.epoch - 1] + [seconds]
-        self._state = self._snapshot()
-
-    def _save_state(self, only_if_due=False):
-        """Writes the epoch last finished. The best goes first: if a kill comes between the two, the
-        epoch is done again, and both are written again."""
-        if self.best_by is not None and self.epoch and _best(self)[0] == self.epoch and self._saved != self.epoch:
-            _write_state(self._state, self.best_path)
-        if self._saved != self.epoch and not (only_if_due and self.epoch % self.save_every):
-            _write_state(self._state, self.checkpoint_path)
-            self._saved = self.epoch
-
-    def _call(self, callback):
-        """A callback runs on one process; the others wait, and hear whether it called `stop`."""
-        if callback is not None and _rank() == 0:
-            with _alone():
-                callback(self)
-        self._stopped = _from_rank_0(self._stopped)
-
-    def _fall_back(self, error):
-        """Returns to the last epoch that was finished, and saves it if it can."""
-        self.batch = 0
-        self._take(self._state)
-        text = f'{type(error).__name__}: back to epoch {self.epoch}, the last one finished'
-        if _world_size() > 1:
-            _say(f'{text}. Start the program again to go on.')
-            self._parted = True
-            dist.destroy_process_group()  # so that the others don't wait for this one
-            return
-        try:
-            self._save_state()
-            _say(f'{text}, which is saved. Call run again to go on from there.')
-        except OSError as full:
-            _say(f'{text}; it is not saved ({full}). Call run again to go on from there.')
-
-    @contextlib.contextmanager
-    def _evaluating(self, loader):
-        mode = self.net.training
-        self.net.eval()
-        try:
-            with torch.no_grad(), _randomness(self.seed or 0, 0, loader):
-                yield
-        finally:
-            self.net.train(mode)
-
-    # --- history ---------------------------------------------------------------------------------
+    # --- history -----------------------------------------------------------------------------------
 
     @property
     def epoch(self):
@@ -516,42 +477,39 @@ class Experiment:
         return len(self.history)
 
     @readable
-    def seconds(self):
-        """How long each epoch took, a list."""
-        return list(self._seconds)
-
-    @readable
     def best(self):
-        """(epoch, value) at which the statistic ``best_by`` (by default the loss) was best, the
-        first epoch being 1; (0, nan) before it. Values that are NaN don't count."""
+        """(epoch, value) at which the statistic ``best_by`` (by default the loss) was best, the first
+        epoch being 1; (0, nan) before it. Values that are NaN don't count."""
         return _best(self)
 
     def table(self):
         """The history as a list of flat dicts, one an epoch: ``epoch``, the training statistics, the
-        validation statistics with ``val_`` before their names, and ``seconds``; all plain numbers
-        and lists. ``pandas.DataFrame(exp.table())`` is a data frame."""
-        rows = [{'epoch': k, **_row(self, entry)} for k, entry in enumerate(self.history, start=1)]
-        return [row | {'seconds': s} for row, s in zip(rows, self._seconds)] + rows[len(self._seconds):]
+        validation statistics with ``val_`` before their names, and ``seconds``; numbers and lists."""
+        seconds = itertools.chain(self._seconds, itertools.repeat(math.nan))
+        return [{'epoch': k, **_row(self, entry), 'seconds': next(seconds)}
+                for k, entry in enumerate(self.history, start=1)]
 
     def to_csv(self, path):
-        """Writes the history, as in `table`, to a CSV file."""
-        text, rows = io.StringIO(newline=''), Experiment.table(self)
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-        _write(path, lambda file: file.write(text.getvalue().encode()))
+        """Writes `table` to a CSV file."""
+        rows = Experiment.table(self)
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(path, 'w', newline='') as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
 
-    # --- checkpoints -----------------------------------------------------------------------------
+    # --- checkpoints -------------------------------------------------------------------------------
 
     def state_dict(self):
         """All that `load_state_dict` needs to go on as if nothing had happened."""
         return {'Net': _unwrapped(self.net).state_dict(), 'Optimizer': self.optimizer.state_dict(),
-                'History': self.history, 'Format': FORMAT, 'Seconds': list(self._seconds), 'Seed': self.seed,
-                'Best': (self.best_by, self.best_mode), 'Setting': _describe_settings(self), **{name: item.state_dict() for name, item in _also(self).items()}}
+                'History': self.history, 'Seconds': list(self._seconds), 'Best': (self.best_by, self.best_mode),
+                'Setting': _describe_settings(self), 'Format': FORMAT,
+                **{name: item.state_dict() for name, item in _also(self).items()}}
 
     def load_state_dict(self, checkpoint):
         """Takes over a state that `state_dict` returned, or one of the original helper. Raises
-        ValueError, before anything is changed, if it doesn't fit network or optimizer."""
+        ValueError, and leaves everything as it was, if it doesn't fit network or optimizer."""
         _check_fit(self, checkpoint)
         items = {name: item for name, item in _also(self).items() if name in checkpoint}
         before = copy.deepcopy({name: item.state_dict() for name, item in items.items()})
@@ -567,65 +525,47 @@ class Experiment:
             self.optimizer.load_state_dict(copy.deepcopy(checkpoint['Optimizer']))
         self.history = [_kept(entry) for entry in checkpoint['History']]
         self._seconds = list(checkpoint.get('Seconds', [math.nan] * self.epoch))
-        self.seed = checkpoint.get('Seed') if self.seed is None else self.seed
 
     def save(self, path=None):
-        """Writes a checkpoint (default: ``checkpoint.pth.tar``), and beside the first one
-        ``config.txt``, for people. The file that was there stays whole until the new one is complete.
-        During a run, and after one that was left, it is the last finished epoch that is written."""
+        """Writes a checkpoint (default: ``checkpoint.pth.tar``), and beside the first one ``config.txt``,
+        for people. The file that was there stays whole until the new one is complete. During a run, and
+        after one that was left, what is written is the last epoch that was finished."""
         if _rank() == 0 and not os.path.isfile(self.config_path):
             _write(self.config_path, lambda file: file.write(f'{self!r}\n'.encode()))
-        _write_state(self.state_dict() if self._clean else self._state, path or self.checkpoint_path)
+        _save(self.state_dict() if self._whole else self._state, path or self.checkpoint_path)
         self._saved = self.epoch if path is None else self._saved
 
     def load(self, path=None):
         """Goes back to a checkpoint (default: the last), history and all.
         Raises RuntimeError if the file can't be read, and says why and what to do."""
-        self._take(_read(self, path or self.checkpoint_path))
-        self._saved = self.epoch if path is None else None
-        _check_best(self)
+        self._take(self._read(path or self.checkpoint_path))
+        self._saved = None
+        _put_aside_stale_best(self)
 
     def load_best(self):
         """Takes the weights of the best epoch, those of ``best.pth.tar``. History and optimizer stay.
         Raises RuntimeError if there are none: give ``best_by`` before training."""
-        _unwrapped(self.net).load_state_dict(_read(self, self.best_path)['Net'])
+        _unwrapped(self.net).load_state_dict(self._read(self.best_path)['Net'])
 
-    def _take(self, state):
-        """Goes to a state. If that is interrupted, the next `run` does it again."""
-        before = self._state, self._clean
-        self._state, self._clean = state, False
-        try:
-            self.load_state_dict(state)
-        except Exception:  # of one that does not fit; nothing has been changed
-            self._state, self._clean = before
-            raise
-        self._clean = True
-
-    def _snapshot(self):
-        state = self.state_dict()  # entries of the history don't change: copying them would take long
-        return copy.deepcopy(state, {id(entries): list(entries) for entries in [state.get('History')] if entries})
+    def _read(self, path):
+        return load_checkpoint(path, keys=KEYS if type(self).state_dict is Experiment.state_dict else set())
 
     def setting(self):
         """The settings, by name, that a checkpoint must share with the experiment that loads it.
         Subclasses may add their own. Stored and compared are plain values and texts (`repr`)."""
-        def get(name, default=None):
-            return getattr(self, name, default)
-
-        loaders = get('train_loader'), get('val_loader') if self.perform_validation_during_training else None
-        sizes = [len(loader.dataset) if hasattr(getattr(loader, 'dataset', None), '__len__') else None for loader in loaders]
-        batch_size = self.train_set.batch_size if isinstance(get('train_set'), td.DataLoader) else self.batch_size
-        return {'Net': self.net, 'TrainSet': get('train_set'), 'ValSet': get('val_set'), 'Optimizer': self.optimizer,
-                'StatsManager': self.stats_manager, 'BatchSize': batch_size,
-                'PerformValidationDuringTraining': self.perform_validation_during_training,
-                'TrainSetSize': sizes[0], 'ValSetSize': sizes[1], 'Seed': self.seed, 'Precision': self.precision,
-                'GradClip': self.grad_clip and float(self.grad_clip), 'BatchesPerStep': self.batches_per_step,
-                'DropLast': self.drop_last, 'Scheduler': self._scheduler}
+        sets = {name: getattr(self, attribute, None) for name, attribute in (('TrainSet', 'train_set'), ('ValSet', 'val_set'))}
+        sizes = {f'{name}Size': operator.length_hint(getattr(data, 'dataset', data)) for name, data in sets.items()}
+        return {'Net': self.net, **sets, 'Optimizer': self.optimizer, 'StatsManager': self.stats_manager,
+                'BatchSize': getattr(sets['TrainSet'], 'batch_size', self.batch_size),
+                'PerformValidationDuringTraining': self.perform_validation_during_training, **sizes,
+                'Seed': self.seed, 'Precision': self.precision, 'GradClip': self.grad_clip and float(self.grad_clip),
+                'BatchesPerStep': self.batches_per_step, 'DropLast': self.drop_last, 'Scheduler': self._scheduler}
 
     def __repr__(self):
         return ''.join(f'{name}({_text(value)})\n' for name, value in self.setting().items())
 
 
-# --- checks: what is wrong, and what to do ---------------------------------------------------------
+# --- checks: what is wrong, and what to do about it --------------------------------------------------
 
 def _check_whole(name, value, least):
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
@@ -634,198 +574,163 @@ def _check_whole(name, value, least):
 
 def _check_arguments(exp):
     """Raises TypeError or ValueError for what can't work, before anything is made or written."""
-    def need(name, attributes, what, value):
+    own_step = type(exp).step is not Experiment.step
+    for name, value, attributes, what in (
+            ('net', exp.net, ['state_dict', 'named_modules'], 'a torch.nn.Module'),
+            ('net', exp.net, [] if own_step else ['criterion'], 'a module with a method criterion(y, d), its loss'),
+            ('optimizer', exp.optimizer, ['step', 'zero_grad', 'param_groups'],
+             'a torch.optim.Optimizer (the order is net, train_set, val_set, optimizer, stats_manager)'),
+            ('stats_manager', exp.stats_manager, ['init', 'accumulate', 'summarize'], 'a StatsManager'),
+            *((f'also_save[{key!r}]', item, ['state_dict', 'load_state_dict'], 'something with state_dict')
+              for key, item in exp.also_save.items())):
         if isinstance(value, type) or not all(hasattr(value, attribute) for attribute in attributes):
             raise TypeError(f'{name} must be {what}, got {value if isinstance(value, type) else type(value).__name__}')
-
-    net, optimizer, scheduler, kind = exp.net, exp.optimizer, exp._scheduler, type(exp)
-    need('net', ['named_parameters', 'state_dict'], 'a torch.nn.Module', net)
-    if kind.step is Experiment.step:
-        need('net', ['criterion'], 'a module with a method criterion(y, d), its loss', net)
-    need('optimizer', ['step', 'zero_grad', 'param_groups'],
-         'a torch.optim.Optimizer (the order is net, train_set, val_set, optimizer, stats_manager)', optimizer)
-    need('stats_manager', ['init', 'accumulate', 'summarize'], 'a StatsManager', exp.stats_manager)
-    for name, item in exp.also_save.items():
-        need(f'also_save[{name!r}]', ['state_dict', 'load_state_dict'], 'something with state_dict', item)
-        if name in KEYS | {'Format', 'Seconds', 'Seed', 'Best', 'Setting', 'Scheduler', 'Scaler'}:
-            raise ValueError(f'also_save[{name!r}] needs another name: the checkpoint has that one already')
-    for name in ('step', 'update'):
+    for name in ('step', 'update'):  # a subclass of 2019 may have its own, of another kind
         try:
             inspect.signature(getattr(exp, name)).bind(None)
         except TypeError:
-            raise TypeError(f'{kind.__name__}.{name} is called with one argument ({name} is a method of '
-                            f'nntools.Experiment, see its docstring): rename yours') from None
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError('LBFGS needs a closure at each step, which update does not give: use another optimizer')
-    own = dict(nn.Module.named_parameters(net))
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own.values()):
-        raise ValueError('net has lazy modules: send one batch through it first, and then build the optimizer')
-    if not {id(p) for p in own.values()} & {id(p) for p in _parameters(optimizer)}:
-        raise ValueError('optimizer holds no parameter of net: build it from net.parameters()')
-    if getattr(scheduler, 'optimizer', optimizer) is not optimizer:
-        raise ValueError('scheduler belongs to another optimizer: build it from the one given here')
-    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != exp.best_mode:
-        raise ValueError(f'best_mode is {exp.best_mode!r}, but scheduler has mode={scheduler.mode!r}: make them alike')
+            raise TypeError(f'{type(exp).__name__}.{name} must take one argument, as that of nntools does: '
+                            'see its docstring, or rename yours') from None
     for name, least in (('batch_size', 1), ('batches_per_step', 1), ('num_workers', 0), ('save_every', 1), ('seed', 0)):
-        if name != 'seed' or exp.seed is not None:
+        if getattr(exp, name) is not None:
             _check_whole(name, getattr(exp, name), least)
-            setattr(exp, name, int(getattr(exp, name)))
-    if exp.grad_clip is not None and not (isinstance(exp.grad_clip, (int, float)) and exp.grad_clip > 0):
-        raise ValueError(f'grad_clip must be a number, more than 0, got {exp.grad_clip!r}')
-    for name, words in (('precision', ('float32', 'bfloat16', 'float16')), ('best_mode', ('min', 'max'))):
-        if getattr(exp, name) not in words:
-            raise ValueError(f'{name} must be one of {words}, got {getattr(exp, name)!r}')
-    if exp.val_set is None and exp.perform_validation_during_training:
-        raise ValueError('perform_validation_during_training needs a val_set, got None')
-    if exp.batches_per_step > 1 and isinstance(exp.train_set, td.DataLoader) and not hasattr(exp.train_set.batch_sampler, '__len__'):
-        raise ValueError(f'batches_per_step={exp.batches_per_step} needs a loader with a length')
+    own, trained = (set(map(id, parameters)) for parameters in (nn.Module.parameters(exp.net), _parameters(exp.optimizer)))
+    scheduler, mode = exp._scheduler, exp.best_mode
+    for wrong, message in (
+            (not own & trained, 'optimizer holds no parameter of net: build it from net.parameters()'),
+            (getattr(scheduler, 'optimizer', exp.optimizer) is not exp.optimizer,
+             'scheduler belongs to another optimizer: build it from the one given here'),
+            (mode not in ('min', 'max'), f"best_mode must be one of ('min', 'max'), got {mode!r}"),
+            (isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != mode,
+             f'scheduler has mode={getattr(scheduler, "mode", None)!r}, but best_mode is {mode!r}: make them alike'),
+            (exp.precision not in PRECISIONS, f'precision must be one of {PRECISIONS}, got {exp.precision!r}'),
+            (exp.grad_clip is not None and not (isinstance(exp.grad_clip, (int, float)) and exp.grad_clip > 0),
+             f'grad_clip must be a number, more than 0, got {exp.grad_clip!r}'),
+            (exp.val_set is None and exp.perform_validation_during_training,
+             'perform_validation_during_training needs a val_set, got None'),
+            (exp.also_save.keys() & STATE, f'also_save has {sorted(exp.also_save)}: take other names than {sorted(STATE)}')):
+        if wrong:
+            raise ValueError(message)
 
 
-def _warn_of_parameters_without_optimizer(exp):
-    """Says, once, what wants a gradient and is in no optimizer: it would never be trained."""
+def _say_what_is_not_trained(exp):
     optimizers = [exp.optimizer, *(item for item in (exp.also_save or {}).values() if hasattr(item, 'param_groups'))]
     known = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
     names = [name for name, p in nn.Module.named_parameters(exp.net) if p.requires_grad and id(p) not in known]
-    if names and names != vars(exp).get('_named'):
-        _say(f'These parameters want a gradient, but are in no group of the optimizer, and will not be trained: '
-             f'{", ".join(names[:5])}{" ..." if len(names) > 5 else ""}')
+    if names and names != exp._named:
+        _say(f'In no group of the optimizer, so that they will not be trained: {", ".join(names[:5])}'
+             + ' ...' * (len(names) > 5))
     exp._named = names
 
 
-def _check_summary(exp, summary, training):
-    """Refuses, at the first batch, statistics that can't be kept, and a ``best_by`` that is not among them."""
-    names = [('' if training else 'val_') + name for name in _flat(_kept(summary))]
-    wanted = exp.best_by or ('loss' if isinstance(exp._scheduler, ReduceLROnPlateau) else None)
-    if wanted is None or training and exp.perform_validation_during_training or _column(exp) in names:
-        return
-    close = difflib.get_close_matches(_column(exp), names, 1)
-    raise ValueError(f'best_by: there is no statistic {wanted!r}, there is {", ".join(map(repr, names))}'
-                     + (f'; did you mean {close[0]!r}?' if close else ''))
-
-
 def _try_evaluation(exp):
-    """Evaluates the last, short batch before the first epoch, so that what is wrong shows at once."""
-    data, size, stats = exp.val_set, exp.batch_size, exp.stats_manager
-    if isinstance(data, td.DataLoader):
-        loader, short = data, False
-    else:
-        left = 0 if exp.drop_last_in_evaluation else len(data) % size
-        loader, short = td.DataLoader(td.Subset(data, range(len(data) - (left or min(size, len(data))), len(data))),
-                                      size, collate_fn=exp.collate_fn), 0 < left
-    stats.init()
+    """Evaluates the last batch, which may be short, so that what is wrong shows before the first epoch."""
+    loader = exp.val_loader
+    if isinstance(loader.dataset, td.IterableDataset) or not loader.batch_size:
+        return
+    size, n = loader.batch_size, len(loader.dataset)
+    left = 0 if loader.drop_last else n % size
     try:
-        with exp._evaluating(loader):
-            for batch in itertools.islice(_batches(exp, loader), 1):
-                loss, *rest = exp.step(batch)
-                stats.accumulate(float(loss), *rest)
-    except Exception as error:
-        if short:
-            raise RuntimeError(f'the last batch of the evaluation has {left} samples instead of {size}: {error}. If the '
-                               'network can not take fewer, give drop_last_in_evaluation=True') from error
-        raise
-    _check_summary(exp, stats.summarize(), training=False)
+        part = td.Subset(loader.dataset, range(n - (left or min(n, size)), n))
+        _check_summary(exp, exp.evaluate(td.DataLoader(part, size, collate_fn=loader.collate_fn)), 'val_')
+    except RuntimeError as error:
+        if not left:
+            raise
+        raise RuntimeError(f'the last batch of the evaluation has {left} samples instead of {size}: {error}. If the '
+                           'network can take no fewer, give drop_last_in_evaluation=True') from error
+
+
+def _check_summary(exp, summary, prefix=''):
+    """Refuses at the first batch what can't be kept, and a ``best_by`` that is no statistic."""
+    names = [prefix + name for name in _flat(_kept(summary))]
+    needed = exp.best_by is not None or isinstance(exp._scheduler, ReduceLROnPlateau)
+    if needed and _column(exp) not in names:
+        close = difflib.get_close_matches(_column(exp), names, 1)
+        raise ValueError(f'best_by: there is no statistic {exp.best_by or "loss"!r}, there is {", ".join(map(repr, names))}'
+                         + (f'; did you mean {close[0]!r}?' if close else ''))
 
 
 def _not_finite(exp, what, batch):
-    hint = ('the data of that batch is finite: a lower learning rate or grad_clip may help'
-            if all(torch.isfinite(tensor).all() for tensor in _tensors(batch)) else
+    finite = all(torch.isfinite(tensor).all() for tensor in _tensors(batch))
+    hint = ('the data of that batch is finite: a lower learning rate or grad_clip may help' if finite else
             'the batch itself holds values that are not finite: mend the data')
     return FloatingPointError(f'{what} in epoch {exp.epoch + 1}, batch {exp.batch}; {hint}')
 
 
-# --- settings --------------------------------------------------------------------------------------
+# --- settings: described, stored and compared ------------------------------------------------------
 
 def _describe(value):
-    """A setting as plain values, texts and dicts of these: what a checkpoint can keep and compare."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+    """A setting as a dict of numbers and texts: ``''`` for the whole, and the names of its parts."""
+    value, parts = _unwrapped(value), {}
     if isinstance(value, nn.Module):
-        layers = {f'layer {name}': f'{type(m).__name__}({m.extra_repr()})'
-                  for name, m in _unwrapped(value).named_modules() if name}
-        return {'class': type(_unwrapped(value)).__name__, **layers}
-    if isinstance(value, td.DataLoader):
-        return {'class': 'DataLoader', 'data': _describe(value.dataset), 'drop_last': value.drop_last}
-    if hasattr(value, 'param_groups'):
-        groups = [{'lr': group.get('initial_lr', group.get('lr'))} | {
-            name: _describe(group[name]) for name in getattr(value, 'defaults', ()) if name != 'lr'}
-            for group in value.param_groups]
-        return {'class': type(value).__name__} | {
-            (f'group {k} ' if k else '') + name: v for k, group in enumerate(groups) for name, v in _describe(group).items()}
-    if hasattr(value, 'optimizer') and hasattr(value, 'state_dict'):  # a scheduler, without what changes in training
-        return {'class': type(value).__name__} | {
-            name: _describe(v) for name, v in value.state_dict().items() if name == '_schedulers' or not (
-                name.startswith('_') or name in ('last_epoch', 'best', 'num_bad_epochs', 'cooldown_counter', 'T_cur', 'T_i'))}
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and getattr(value, 'ndim', 0) == 0:
-        return value.item()
-    if isinstance(value, dict) and len(value) <= 100:
-        return {str(name): _describe(v) for name, v in value.items()}
-    if isinstance(value, (list, tuple)) and len(value) <= 100:
-        return tuple(map(_describe, value))
-    return _clean(_text(value))
+        parts = {name: f'{type(m).__name__}({m.extra_repr()})' for name, m in value.named_modules() if name}
+    elif hasattr(value, 'param_groups'):
+        for k, group in enumerate(value.param_groups):
+            group = group | {'lr': group.get('initial_lr', group.get('lr'))}
+            parts |= {f'{name}{f" of group {k}" if k else ""}': group[name] for name in ('lr', *value.defaults)}
+    elif hasattr(value, 'optimizer'):  # a scheduler: what does not change in training
+        parts = {name: v for name, v in value.state_dict().items() if name == '_schedulers' or name[0] != '_' and name not in (
+            'last_epoch', 'best', 'num_bad_epochs', 'cooldown_counter', 'T_cur', 'T_i')}
+    elif isinstance(value, td.DataLoader):
+        parts = {'data': value.dataset, 'drop_last': value.drop_last}
+    elif isinstance(value, (bool, int, float, str, type(None))):
+        return {'': value}
+    else:
+        return {'': _clean(_text(value))}
+    plain = {name: _describe(part) for name, part in parts.items()}
+    return {'': type(value).__name__} | {name: p[''] if len(p) == 1 else _clean(str(p)) for name, p in plain.items()}
 
 
 def _text(value):
-    """An object as it describes itself; of samples in a list only the number."""
-    samples = isinstance(value, (list, tuple, dict)) and (len(value) > 100 or any(True for _ in _tensors(value)))
-    if samples or isinstance(value, (torch.Tensor, np.ndarray)):
+    """An object as it describes itself; of samples in a list only how many they are."""
+    samples = isinstance(value, (list, tuple, dict)) and (len(value) > 100 or _tensors(value))
+    if samples or isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim:
         return f'{type(value).__name__} of {len(value)}'
-    return repr(value)
+    return type(value).__name__ if hasattr(value, 'optimizer') else repr(value)
 
 
 def _clean(text):
-    """Without memory addresses, modules of classes and folders, which differ between machines."""
+    """Without memory addresses, modules of classes and folders, which differ from run to run."""
     text = re.sub(r' at 0x\w+', '', re.sub(r'<\S*?(\w+) object at 0x\w+>', r'<\1 object>', text))
     return ' '.join(re.sub(r'(?<![\w.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s\'"(),]+[\\/])+', '', text).split())
 
 
 def _describe_settings(exp):
     """What `setting` returns, described as it was when first given: rates change by schedule or by hand."""
-    given = vars(exp).setdefault('_given', {})
-    for name, value in exp.setting().items():
+    given, settings = vars(exp).setdefault('_given', {}), exp.setting()
+    for name, value in settings.items():
         if name not in given or given[name][0] is not value:
             given[name] = value, _describe(value)
-    described = {name: given[name][1] for name in exp.setting()}
-    return described | {'Torch': str(torch.__version__), 'Source': _source(type(_unwrapped(exp.net)))}
-
-
-def _source(kind):
-    """A digest of the source of a class and its bases, or None where Python can't find it."""
     try:
-        own = [c for c in kind.__mro__ if c.__module__.split('.')[0] not in ('torch', 'builtins', 'abc', __name__)]
-        return hashlib.sha256('\n'.join(map(inspect.getsource, own)).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return None
-
-
-def _differences(stored, given, same_torch, name):
-    """A line for each difference of two settings; between versions of torch, in what both know of."""
-    if not (isinstance(stored, dict) and isinstance(given, dict)):
-        stored, given = (v.get('class', v) if isinstance(v, dict) else v for v in (stored, given))
-        return [] if stored == given else [f'{name}: stored {stored}, given {given}']
-    if stored.get('class') != given.get('class'):
-        return [f'{name}: stored {stored.get("class")}, given {given.get("class")}']
-    keys = stored | given if same_torch else [k for k in given if k in stored and not k.startswith('layer ')]
-    a, b = ({k: v.get(k, 'nothing') for k in keys} for v in (stored, given))
-    return [f'{name}: {k} stored {a[k]}, given {b[k]}' for k in keys if a[k] != b[k]]
+        kinds = [c for c in type(_unwrapped(exp.net)).__mro__ if c.__module__.split('.')[0] not in ('torch', 'builtins', 'abc')]
+        source = '\n'.join(map(inspect.getsource, kinds))
+    except (OSError, TypeError):  # made in a console
+        source = ''
+    return {name: given[name][1] for name in settings} | {'Source': {'': source}, 'Torch': {'': str(torch.__version__)}}
 
 
 def _compare_settings(exp, stored):
     """What differs between a checkpoint and an experiment: a dict of the setting's name to lines."""
-    given = _describe_settings(exp)
-    old = stored.get('Setting') or _setting_of_config(exp.config_path, given)
-    if unknown := [name for name in exp.allow if name not in given]:
-        raise ValueError(f'allow: there is no setting {unknown[0]!r}; there is {", ".join(given)}')
+    given, differences = _describe_settings(exp), {}
+    old = stored.get('Setting') or _setting_of_config(exp.config_path)
     same_torch = old.get('Torch') == given['Torch']
-    if old.get('Source') and given['Source'] and old['Source'] != given['Source']:
+    if unknown := set(exp.allow) - given.keys():
+        raise ValueError(f'allow has {sorted(unknown)}, but the settings are {", ".join(given)}')
+    if old.get('Source', given['Source']) != given['Source']:
         _say(f'The source of {type(exp.net).__name__} has changed since the checkpoint in {exp.output_dir}')
-    left_out = {'Torch', 'Source'} | ({'ValSet', 'ValSetSize'} if not exp.perform_validation_during_training else set())
-    lines = {'Weights': _weight_differences(stored, exp)} | {
-        name: _differences(old[name], value, same_torch, name) for name, value in given.items()
-        if name in old and name not in left_out}
-    return {name: some for name, some in lines.items() if some}
+    if lines := _weight_differences(exp, stored):
+        differences['Weights'] = lines
+    unused = () if exp.perform_validation_during_training else ('ValSet', 'ValSetSize')
+    for name in [name for name in given if name in old and name not in ('Source', 'Torch', *unused)]:
+        a, b = old[name], given[name]
+        parts = [''] if a[''] != b[''] else a | b if same_torch else [] if name == 'Net' else a.keys() & b.keys()
+        if lines := [f'{name}: {part}{" " * bool(part)}stored {a.get(part, "nothing")}, given {b.get(part, "nothing")}'
+                     for part in parts if a.get(part) != b.get(part)]:
+            differences[name] = lines
+    return differences
 
 
-def _weight_differences(stored, exp):
+def _weight_differences(exp, stored):
     """In which parameters and buffers two networks differ: a line for each of the first ten."""
     a, b = ({name: tuple(getattr(value, 'shape', ())) for name, value in net.items()
              if not name.endswith('num_batches_tracked')}
@@ -834,80 +739,74 @@ def _weight_differences(stored, exp):
             for name in a | b if a.get(name) != b.get(name)][:10]
 
 
-def _refuse_conflicts(exp, differences):
-    names = [name for name in differences if name not in exp.allow]
-    if not names:
-        return
-    lines = '\n  '.join(line for name in names for line in differences[name])
-    advice = 'Use the stored settings, or another output_dir to start anew'
-    if 'Weights' not in names:
-        advice += f'; allow={tuple(differences)!r} goes on with the new ones'
-    raise ValueError(f'{exp.output_dir} holds a checkpoint made with other settings:\n  {lines}\n{advice}.')
-
-
-def _take_with_changes(exp, stored, differences):
-    """Loads a checkpoint; where optimizer or schedule are to differ, the new ones count, the schedule
-    as if it had been there from the start. The optimizer's state goes on if it is of the same kind."""
-    changed = {'Optimizer', 'Scheduler'} & differences.keys()
-    groups = [{k: v for k, v in group.items() if k != 'params'} for group in exp.optimizer.param_groups]
-    if changed:
-        new_kind = any(not line.startswith('Optimizer: ') or 'Optimizer: stored' in line for line in differences.get('Optimizer', ()))
-        stored = {k: v for k, v in stored.items() if k != 'Scheduler' and not (k == 'Optimizer' and new_kind)}
-    exp._take(stored)
-    if changed:
-        for group, given in zip(exp.optimizer.param_groups, groups):
+def _open(exp, stored):
+    """Goes on from the checkpoint that was found, if its settings agree, or writes the first one. Where
+    optimizer and schedule may differ the new ones count, the schedule as if from the first epoch."""
+    differences = _compare_settings(exp, stored) if stored else {}
+    epochs = stored.get('History', [0]) if stored else []  # without any, there is nothing to lose
+    if conflicts := [name for name in differences if name not in exp.allow] if epochs else []:
+        advice = '' if 'Weights' in conflicts else f'; allow={tuple(differences)!r} goes on with the new ones'
+        raise ValueError('\n  '.join([f'{exp.output_dir} holds a checkpoint made with other settings:',
+                                      *(line for name in conflicts for line in differences[name])])
+                         + f'\nUse the stored settings, or another output_dir to start anew{advice}.')
+    if epochs or stored and not differences:
+        groups = [{k: v for k, v in group.items() if k != 'params'} for group in exp.optimizer.param_groups]
+        changed = {'Optimizer', 'Scheduler'} & differences.keys()
+        if changed:  # the state of another kind of optimizer is of no use
+            kind = stored.get('Setting', {}).get('Optimizer', {}).get('')
+            stored = {name: value for name, value in stored.items() if name != 'Scheduler' and (
+                name != 'Optimizer' or kind == type(exp.optimizer).__name__)}
+        exp._take(stored)
+        for group, given in zip(exp.optimizer.param_groups, groups) if changed else ():
             group.update(given)
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of torch: that no step of the optimizer came before
-            for entry in exp.history if exp._scheduler is not None else ():
+            warnings.simplefilter('ignore')  # torch misses the steps of the optimizer
+            for entry in exp.history if changed else ():
                 _step_scheduler(exp, entry)
+    if not epochs or differences:
+        exp.save()
+        exp._read(exp.checkpoint_path)  # lest a training ends with what can't be read
+    exp._saved = exp.epoch
+    _put_aside_stale_best(exp)
 
 
 def _check_fit(exp, checkpoint):
-    """Raises before anything is changed if a checkpoint is not of these networks and optimizers."""
+    """Raises ValueError if a checkpoint is not of these networks and optimizers."""
     if missing := sorted({'Net', 'History', *(exp.also_save or ())} - checkpoint.keys()):
         raise ValueError(f'the checkpoint has no {", ".join(missing)}')
-    if lines := _weight_differences(checkpoint, exp):
+    if lines := _weight_differences(exp, checkpoint):
         raise ValueError('\n  '.join(['the checkpoint is that of another network:', *lines]))
-    if 'Optimizer' in checkpoint:
-        stored, given = ([len(group['params']) for group in optimizer['param_groups']]
-                         for optimizer in (checkpoint['Optimizer'], exp.optimizer.state_dict()))
-        if stored != given:
-            raise ValueError(
-                f'{os.path.dirname(exp.checkpoint_path)}: the optimizer of the checkpoint has groups of {stored} parameters, '
-                f'the one given of {given}. Give it all groups from the start, and freeze and thaw by requires_grad_ '
-                'and the rates of the groups (README of nntools, "Freeze, train, thaw, train on")')
+    stored, given = ([len(group['params']) for group in optimizer['param_groups']]
+                     for optimizer in (checkpoint.get('Optimizer', exp.optimizer.state_dict()), exp.optimizer.state_dict()))
+    if stored != given:
+        raise ValueError(f'{os.path.dirname(exp.checkpoint_path)}: the stored optimizer has groups of {stored} parameters, '
+                         f'the one given of {given}. Give all groups from the start, and freeze and thaw by requires_grad_ '
+                         'and the rates of the groups (README, "Freeze, train, thaw, train on")')
 
 
-# --- history ---------------------------------------------------------------------------------------
+# --- history: from entries to rows -----------------------------------------------------------------
 
 def _kept(value):
-    """Statistics as the history keeps them: tensors on the CPU (arrays, too), numbers, texts, in containers."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    if isinstance(value, dict):
-        return {key: _kept(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(map(_kept, value))
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f'summarize must return numbers, got a {type(value).__name__}')
+    """A summary as the history keeps it: tensors and arrays as tensors on the CPU, plain numbers and texts."""
+    def kept(leaf):
+        if isinstance(leaf, (torch.Tensor, np.ndarray)):
+            return torch.as_tensor(leaf).detach().cpu().clone()
+        leaf = leaf.item() if isinstance(leaf, np.generic) else leaf
+        if leaf is None or isinstance(leaf, (bool, int, float, str)):
+            return leaf
+        raise TypeError(f'summarize must return numbers, got a {type(leaf).__name__}')
+    return _map(kept, value)
 
 
 def _flat(summary):
-    """A summary as a dict of plain numbers and lists; of something odd, nothing."""
+    """A summary as a dict of plain numbers and lists; of an odd one, an empty dict."""
     if isinstance(summary, dict):
-        return {name: value.tolist() if hasattr(value, 'tolist') else value for name, value in summary.items()}
-    number = isinstance(summary, (int, float)) or getattr(summary, 'ndim', 1) == 0
-    return {'loss': float(summary)} if number else {}
+        return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in summary.items()}
+    return {'loss': float(summary)} if isinstance(summary, (int, float)) or getattr(summary, 'ndim', 1) == 0 else {}
 
 
 def _row(exp, entry):
-    """An entry of the history as a flat dict. Pairs are (training, validation)."""
+    """An entry of the history, (training, validation) or training alone, as a flat dict."""
     pair = isinstance(entry, tuple) and len(entry) == 2 and (
         exp.perform_validation_during_training or all(isinstance(part, dict) for part in entry))
     train, val = entry if pair else (entry, {})
@@ -915,27 +814,23 @@ def _row(exp, entry):
 
 
 def _column(exp):
-    """The name in `_row` of the statistic that counts."""
+    """What the statistic that counts is called in a row."""
     name = exp.best_by or 'loss'
     return f'val_{name}' if exp.perform_validation_during_training and not name.startswith('val_') else name
 
 
 def _score(exp, entry):
-    """The statistic that counts, as a float; NaN where an entry does not have it."""
     value = _row(exp, entry).get(_column(exp))
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _best(exp):
-    """(epoch, value) of the best epoch."""
-    scores = [(score, k) for k, score in enumerate((_score(exp, entry) for entry in exp.history), start=1)
-              if not math.isnan(score)]
+    scores = [(_score(exp, entry), k) for k, entry in enumerate(exp.history, start=1)]
     better = max if exp.best_mode == 'max' else min
-    return better(scores, key=lambda pair: pair[0], default=(math.nan, 0))[::-1]
+    return better((pair for pair in scores if not math.isnan(pair[0])), key=lambda pair: pair[0], default=(math.nan, 0))[::-1]
 
 
 def _line(exp):
-    """The last entry as text."""
     return ', '.join(f'{name} {value:.4g}' for name, value in _row(exp, exp.history[-1]).items()
                      if isinstance(value, (int, float)))
 
@@ -947,31 +842,23 @@ def _also(exp):
 
 
 def _step_scheduler(exp, entry):
-    if isinstance(exp._scheduler, ReduceLROnPlateau):
-        exp._scheduler.step(_score(exp, entry))
-    elif exp._scheduler is not None:
-        exp._scheduler.step()
+    if exp._scheduler is not None:
+        exp._scheduler.step(*[_score(exp, entry)] * isinstance(exp._scheduler, ReduceLROnPlateau))
 
 
-# --- device and data -------------------------------------------------------------------------------
+# --- devices and data ------------------------------------------------------------------------------
 
-def find_device():
-    """The best device of this machine: CUDA (under torchrun, this process's own), MPS or CPU."""
-    if torch.cuda.is_available():
-        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
-
-
-def _device(name):
-    """The device of that name; ValueError if there is none here."""
+def find_device(name='auto'):
+    """The device of that name, or the best one of this machine: CUDA (under torchrun, this process's
+    own), MPS or CPU. Raises ValueError if it is not here."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name += f':{os.environ.get("LOCAL_RANK", 0)}' * (name == 'cuda')
     try:
-        device = find_device() if name == 'auto' else torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be 'cuda', 'mps', 'cpu' or 'auto', got {name!r}") from error
-    here = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available}
-    if not here.get(device.type, bool)() and device.type in here:
-        raise ValueError(f"device {name!r} is not available here; use device='auto' for the best one that is")
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device must be 'cuda', 'mps', 'cpu' or 'auto', got {name!r}, and {name!r} is not available "
+                         "here; use device='auto' for the best one that is") from error
 
 
 def _device_of(net):
@@ -991,25 +878,25 @@ def _parameters(optimizer):
     return [p for group in optimizer.param_groups for p in group['params']]
 
 
-def _tensors(batch):
-    """The tensors in a batch of lists, tuples and dicts, one after the other."""
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, (list, tuple, dict)):
-        for part in batch.values() if isinstance(batch, dict) else batch:
-            yield from _tensors(part)
+def _map(change, value):
+    """``change`` applied to all that is in lists, tuples and dicts."""
+    if isinstance(value, dict):
+        return {key: _map(change, part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, 'to'):
+        parts = [_map(change, part) for part in value]
+        return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)
+    return change(value)
 
 
 def _to(batch, device):
-    """A batch (tensors in lists, tuples, dicts) moved to a device; anything else stays."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=device.type == 'cuda')
-    if isinstance(batch, dict):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        moved = [_to(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, '_fields') else type(batch)(moved)
-    return batch.to(device) if hasattr(batch, 'to') else batch
+    options = {'non_blocking': True} if device.type == 'cuda' else {}
+    return _map(lambda part: part.to(device, **options) if hasattr(part, 'to') else part, batch)
+
+
+def _tensors(batch):
+    found = []
+    _map(found.append, batch)
+    return [part for part in found if isinstance(part, torch.Tensor)]
 
 
 def _loader(exp, data, training=False):
@@ -1017,14 +904,12 @@ def _loader(exp, data, training=False):
     if isinstance(data, td.DataLoader):
         if training and data.persistent_workers:
             warnings.warn('persistent_workers go on with random numbers of their own: '
-                          'what they draw is not repeated by a resumed run', stacklevel=4)
+                          'a resumed run does not repeat what they draw', stacklevel=4)
         return data
-    name = 'train_set' if training else 'the data set to evaluate'
-    if not (hasattr(data, '__len__') and hasattr(data, '__getitem__')):
-        raise TypeError(f'{name} must be a data set with a length (an iterable one goes in a DataLoader of '
-                        f'your own), got {type(data).__name__}')
-    world, size = _world_size(), exp.batch_size
+    name, world, size = 'train_set' if training else 'the data set to evaluate', _world_size(), exp.batch_size
     drop_last = exp.drop_last if training else exp.drop_last_in_evaluation
+    if not (hasattr(data, '__len__') and hasattr(data, '__getitem__')):
+        raise TypeError(f'{name} must be a data set with a length, or in a DataLoader of your own, got {type(data).__name__}')
     if training and size % world:
         raise ValueError(f'batch_size must be a multiple of the number of processes, {world}, got {size}')
     if len(data) < (size if drop_last else 1):
@@ -1041,7 +926,14 @@ def _loader(exp, data, training=False):
 class _Shuffle(td.DistributedSampler):
     """Its order is a function of (seed, epoch); who iterates without `set_epoch` gets new ones, too."""
 
+    def __init__(self, dataset, *args, **options):
+        super().__init__(dataset, *args, **options)
+        self.length = len(dataset)
+
     def __iter__(self):
+        if len(self.dataset) != self.length:
+            raise RuntimeError(f'the data set had {self.length} samples and has {len(self.dataset)} now: '
+                               'make a new Experiment of it')
         order = super().__iter__()
         self.epoch += 1
         return order
@@ -1056,6 +948,23 @@ def _batches(exp, loader):
         raise ValueError('the data gave no batch: it is empty, or shorter than one batch that may not be short')
 
 
+def _evaluated(exp, loader, step):
+    """What ``step`` makes of each batch, in evaluation mode."""
+    mode = exp.net.training
+    exp.net.eval()
+    try:
+        with torch.no_grad(), _randomness(exp.seed or 0, 0, loader):
+            yield from map(step, _batches(exp, loader))
+    finally:
+        exp.net.train(mode)
+
+
+def _autocast(exp):
+    if exp.precision == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(_device_of(exp.net).type, dtype=getattr(torch, exp.precision))
+
+
 # --- random numbers --------------------------------------------------------------------------------
 
 def mix_seeds(*numbers):
@@ -1065,55 +974,41 @@ def mix_seeds(*numbers):
 
 def _stored_seed(exp, stored):
     """The seed of the checkpoint, or a new one from torch's generator, which stays as it was."""
-    old = stored and (stored.get('Setting') or _setting_of_config(exp.config_path, {'Seed': 0}))
     with torch.random.fork_rng(devices=[]):
-        new = int(torch.randint(2**31, ()))
-    return _from_rank_0(old['Seed'] if old and 'Seed' in old else new)
+        seed = int(torch.randint(2**31, ()))
+    if stored:
+        seed = (stored.get('Setting') or _setting_of_config(exp.config_path)).get('Seed', {'': seed})['']
+    return int(_from_rank_0(seed))
 
 
 @contextlib.contextmanager
 def _randomness(seed, epoch, loader, rank=0):
     """All random numbers drawn inside follow from (seed, epoch, rank); those outside are unaffected."""
-    seed = mix_seeds(seed, epoch, rank)
-    batch_sampler = getattr(loader, 'batch_sampler', None)
+    seed, batch_sampler = mix_seeds(seed, epoch, rank), getattr(loader, 'batch_sampler', None)
     owners = [loader, batch_sampler, getattr(loader, 'sampler', None), getattr(batch_sampler, 'sampler', None)]
-    samplers = [owner for owner in owners if hasattr(owner, 'set_epoch')]
-    generators = {getattr(owner, 'generator', None) for owner in owners} - {None}
-    before = random.getstate(), np.random.get_state(), [(g, g.get_state()) for g in generators]
-    epochs = [(sampler, getattr(sampler, 'epoch', 0)) for sampler in samplers if epoch == 0]
+    samplers = [(owner, getattr(owner, 'epoch', 0)) for owner in owners if hasattr(owner, 'set_epoch')]
+    generators = [(g, g.get_state()) for g in {getattr(owner, 'generator', None) for owner in owners} - {None}]
+    before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        for generator in generators:
+        for generator, _ in generators:
             generator.manual_seed(seed)
-        for sampler in samplers:
+        for sampler, _ in samplers:
             sampler.set_epoch(max(epoch - 1, 0))
         try:
             yield
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
-            for generator, state in before[2]:
+            for generator, state in generators:
                 generator.set_state(state)
-            for sampler, old in epochs:
+            for sampler, old in samplers:
                 sampler.set_epoch(old)
 
 
 # --- processes -------------------------------------------------------------------------------------
-
-_is_alone = False  # while a callback runs, on one process
-
-
-@contextlib.contextmanager
-def _alone():
-    global _is_alone
-    _is_alone = True
-    try:
-        yield
-    finally:
-        _is_alone = False
-
 
 def _start_distributed():
     """Joins the processes that torchrun started, once."""
@@ -1121,11 +1016,10 @@ def _start_distributed():
         if torch.cuda.is_available():
             torch.cuda.set_device(find_device())
         dist.init_process_group()
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 def _world_size():
-    return dist.get_world_size() if not _is_alone and dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _rank():
@@ -1133,7 +1027,7 @@ def _rank():
 
 
 def _from_rank_0(value):
-    """The value that rank 0 has: all processes must decide alike."""
+    """The value that the first process has: all must decide alike."""
     values = [value]
     if _world_size() > 1:
         dist.broadcast_object_list(values, src=0)
@@ -1150,60 +1044,37 @@ def _from_all(value):
 
 
 def _average_gradients(optimizer):
-    """The mean over all processes, in one exchange. Who has no gradient for a parameter that others
-    have one for counts as zero; where nobody has one, there stays none."""
-    if _world_size() == 1:
-        return
-    parameters = [p for p in _parameters(optimizer) if p.requires_grad]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    used = torch.tensor([p.grad is not None for p in parameters])
-    flat = torch.cat([*(g.flatten() for g in grads), used.to(grads[0])])
-    dist.all_reduce(flat)
-    *grads, used = flat.split([*(p.numel() for p in parameters), len(parameters)])
-    for p, grad, times in zip(parameters, grads, used.tolist()):
-        p.grad = (grad / _world_size()).view_as(p) if times else None
+    """The mean over the processes; who has no gradient, as its batch did not use a layer, counts as zero."""
+    for p in _parameters(optimizer) if _world_size() > 1 else ():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+            p.grad /= _world_size()
 
 
 @contextlib.contextmanager
-def _locked(folder):
-    """Keeps other processes from training into the same folder, where the system has such locks."""
-    if fcntl is None or _rank() > 0 or not folder:
+def _locked(path):
+    """Keeps a second process from training into the same folder, where the system has such locks."""
+    if fcntl is None or _rank() > 0:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        for left in range(60, -1, -1):  # workers of a process that was killed live some seconds longer
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not left:
-                    raise RuntimeError(f'{folder} is in use: another process trains there. Wait for it, stop it, '
-                                       'or give another output_dir') from None
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with open(f'{path}.lock', 'a') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise RuntimeError(f'{os.path.dirname(path)} is in use: another process trains there. Wait for it, '
+                               'stop it, or give another output_dir') from None
         yield
-    finally:
-        os.close(handle)
-
-
-def _autocast(exp):
-    if exp.precision == 'float32':
-        return contextlib.nullcontext()
-    return torch.autocast(_device_of(exp.net).type, dtype=getattr(torch, exp.precision))
+        os.remove(file.name)
 
 
 def _progress_bar(loader):
-    """Seen where somebody is watching: in a terminal or notebook, without CI and TQDM_DISABLE."""
+    """To be seen where somebody is watching: in a terminal or notebook, without CI and TQDM_DISABLE."""
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     watched = (hasattr(shell, 'kernel') or sys.stderr.isatty()) and _rank() == 0
-    quiet = os.environ.get('CI') or os.environ.get('TQDM_DISABLE') or not watched
-    try:
-        total = len(loader)
-    except TypeError:  # an iterable data set
-        total = None
-    return tqdm(total=total, leave=False, disable=bool(quiet))
+    quiet = not watched or bool(os.environ.get('CI') or os.environ.get('TQDM_DISABLE'))
+    return tqdm(total=operator.length_hint(loader) or None, leave=False, disable=quiet)
 
 
 def _say(text):
@@ -1224,10 +1095,10 @@ def _write(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # what torch makes of a full disk, and of an interrupt
         cause = error
         while cause := cause.__context__:
-            if isinstance(cause, KeyboardInterrupt):  # and an interrupt, too
+            if isinstance(cause, KeyboardInterrupt):
                 raise cause from None
         raise OSError(f'could not write {path} ({error}); what was saved before is untouched. '
                       'Check that the disk has room and the folder is writable.') from error
@@ -1236,16 +1107,14 @@ def _write(path, write):
             os.remove(temporary)
 
 
-def _write_state(state, path):
+def _save(state, path):
     if _rank() == 0:
         _write(path, lambda file: torch.save(state, file))
-    if _world_size() > 1:
-        dist.barrier()
 
 
 def load_checkpoint(path, device='cpu', keys=KEYS):
-    """A checkpoint of `Experiment` as a dict: ``Net``, ``Optimizer``, ``History`` and more. Nothing in
-    it is executed: it is read with ``weights_only``. RuntimeError says what is wrong with the file."""
+    """A checkpoint of `Experiment` as a dict: ``Net``, ``Optimizer``, ``History`` and more. Nothing in it
+    is executed: it is read with ``weights_only``. RuntimeError says what is wrong with the file."""
     advice = 'Restore it from a copy, or move it away to start from scratch.'
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
@@ -1264,16 +1133,12 @@ def load_checkpoint(path, device='cpu', keys=KEYS):
     return checkpoint
 
 
-def _read(exp, path):
-    return load_checkpoint(path, keys=KEYS if type(exp).state_dict is Experiment.state_dict else set())
-
-
-def _check_best(exp):
-    """Puts best.pth.tar aside if its epoch is not `exp.best`: best_by was changed, or the history."""
+def _put_aside_stale_best(exp):
+    """best.pth.tar must be that of `exp.best`: it is not if best_by was changed, or the history."""
     path = getattr(exp, 'best_path', '')
-    if _rank() == 0 and os.path.isfile(path) and len(load_checkpoint(path, keys=set())['History']) != _best(exp)[0]:
+    if _rank() == 0 and os.path.isfile(path) and len(exp._read(path)['History']) != _best(exp)[0]:
         os.replace(path, f'{path}.old')
-        _say(f'{path} is not that of the best epoch any more: it is now {path}.old')
+        _say(f'{path} is not of the best epoch any more: it is now {path}.old')
 
 
 # --- files of 2019, and those without settings -----------------------------------------------------
@@ -1287,30 +1152,25 @@ def _numpy_scalars():
         *{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'}]
 
 
-def _setting_of_config(path, given):
-    """``config.txt`` as a dict like that of `_describe_settings`, with whose help its texts are read."""
-    def value(text):
+def _setting_of_config(path):
+    """``config.txt`` as a dict like that of `_describe_settings`; of objects only the class."""
+    def plain(text):
         with contextlib.suppress(ValueError, SyntaxError):
-            return ast.literal_eval(text)
+            return _describe(ast.literal_eval(text))['']
         return _clean(text)
 
-    try:
+    setting = {}
+    if os.path.isfile(path):
         with open(path, encoding='utf-8', errors='replace') as file:
             pieces = re.split(r'^(\w+)\(', file.read(), flags=re.MULTILINE)[1:]
-    except OSError:
-        pieces = []
-    setting = {}
-    for name, text in zip(pieces[::2], pieces[1::2]):
-        text = text.strip()[:-1].strip()
-        if not isinstance(given.get(name), dict):
-            setting[name] = value(text)
-            continue
-        head, *groups = text.split('Parameter Group')
-        setting[name] = {'class': re.match(r'\w*', head)[0]}
-        for k, group in enumerate(groups):
-            options = {key: value(word) for key, word in re.findall(r'^\s+(\w+): (.*?)\s*$', group, flags=re.MULTILINE)}
-            options['lr'] = options.pop('initial_lr', options.get('lr'))
-            setting[name] |= {(f'group {k} ' if k else '') + key: v for key, v in options.items()}
-    if 'BatchSize' not in setting and 'BatchSize' in given:
+        for name, text in zip(pieces[::2], (piece.strip()[:-1].strip() for piece in pieces[1::2])):
+            head, *groups = text.split('Parameter Group')
+            called = re.match(r'(\w+) ?\(', head)  # a network, or an optimizer
+            setting[name] = {'': called[1] if called and name not in ('TrainSet', 'ValSet') else plain(text)}
+            for k, group in enumerate(groups):
+                options = {key: plain(word) for key, word in re.findall(r'^\s+(\w+): (.*?)\s*$', group, flags=re.MULTILINE)}
+                options['lr'] = options.pop('initial_lr', options.get('lr'))
+                setting[name] |= {f'{key}{f" of group {k}" if k else ""}': value for key, value in options.items()}
+    if 'BatchSize' not in setting:
         _say(f'{path} can not be read: only the parameters of the network are compared')
     return setting
