@@ -30,6 +30,7 @@ Started by ``torchrun``, the same script trains on all its processes. The interf
 helper of the UCSD course ECE 285 (C. Deledalle, 2019): its programs and checkpoints keep working.
 """
 import ast
+import atexit
 import codecs
 import contextlib
 import copy
@@ -219,8 +220,9 @@ class Experiment:
     allow: tuple = ()  # settings that may differ from the checkpoint's: ``('Optimizer', 'Scheduler')``
 
     # For subclasses of 2019, which need not call __init__.
-    train_loader = val_loader = _scheduler = _scaler = _state = _named = None
-    batch, _seconds, _whole, _stopped, _saved = 0, (), True, False, None
+    train_loader = val_loader = _scheduler = _scaler = _saved = _untrained = None
+    _state = None  # what a run that was left goes back to
+    batch, _seconds, _stopped = 0, (), False
 
     def __post_init__(self, scheduler):
         self._scheduler, self.also_save, self.history = scheduler, dict(self.also_save or {}), []
@@ -264,8 +266,10 @@ class Experiment:
         exception goes on to the caller: a new ``run`` continues from there. A loss or weights that are
         not finite raise FloatingPointError, which names epoch and batch.
         """
+        _check_whole('num_epochs', num_epochs, 0)
         callback, mode = callback or plot, self.net.training
-        with _locked(self.checkpoint_path), torch.no_grad(), _progress_bar(self.train_loader) as bar:
+        lock = _locked(self.checkpoint_path) if self.epoch < num_epochs else contextlib.nullcontext()
+        with lock, torch.no_grad(), _progress_bar(self.train_loader) as bar:
             try:
                 self._begin(num_epochs)
                 self._call(callback)
@@ -281,7 +285,7 @@ class Experiment:
                 raise
             finally:
                 self.net.train(mode)
-        self._whole = True
+        self._state = None
         _say(f'{"Stopped after" if self.epoch < num_epochs else "Finish training for"} {self.epoch} epochs')
 
     def _run_epoch(self, bar, after_batch):
@@ -301,7 +305,7 @@ class Experiment:
                 for part in _from_all((loss, x, y, d)):
                     self.stats_manager.accumulate(*part)
                 if number == 1 and not self.perform_validation_during_training:
-                    _check_summary(self, self.stats_manager.summarize())
+                    _check_summary(self)
                 if after_batch is not None:
                     after_batch(self, loss)
                 if not bar.disable:
@@ -376,21 +380,21 @@ class Experiment:
     # --- what surrounds an epoch -------------------------------------------------------------------
 
     def _begin(self, num_epochs):
-        """Starts from a whole state, and remembers it: what the run goes back to."""
-        _check_whole('num_epochs', num_epochs, 0)
-        if not self._whole:
-            self._take(self._state)  # a run was left, and perhaps interrupted again on its way back
+        """Starts from a whole state, and remembers it."""
+        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
+            raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
+        if self._state is not None:  # a run was left, and interrupted again on its way back
+            self._take(self._state)
         self.seed = _stored_seed(self, {}) if self.seed is None else self.seed
         _say(f'Start/Continue training from epoch {self.epoch}')
         _say_what_is_not_trained(self)
         self._stopped, self.batch = False, 0
         self.net.eval()
-        if self.epoch < num_epochs and self.perform_validation_during_training:
-            _try_evaluation(self)
-        self._state = self._copied_state()
-        self._whole = False
         if self.epoch < num_epochs:
+            if self.perform_validation_during_training:
+                _try_evaluation(self)
             self.save()  # the weights may have changed since: another experiment can share them
+        self._state = self._copied_state()
 
     def _keep(self, last):
         """Remembers the epoch just finished, and saves it. The best goes first: if a kill comes between
@@ -404,18 +408,17 @@ class Experiment:
             self.save()
 
     def _call(self, callback):
-        """The callback runs on one process. The others wait for it, and hear whether it called `stop`."""
+        """On one process; the others wait for it, and hear whether it called `stop`."""
         if callback is not None and _rank() == 0:
             callback(self)
         self._stopped = _from_rank_0(self._stopped)
 
     def _fall_back(self, error):
         """Returns to the last epoch that was finished, and saves it if it is not on disk."""
-        if self._whole:  # nothing has been done yet
+        if self._state is None:  # nothing has been done yet
             return
-        self.batch = 0
+        self.batch, saved = 0, 'saved'
         self._take(self._state)
-        saved = 'saved'
         try:
             if self._saved != self.epoch and _world_size() == 1:
                 self.save()
@@ -428,13 +431,13 @@ class Experiment:
 
     def _take(self, state):
         """Goes to a state; if that is interrupted, the next `run` does it again."""
-        before, (self._state, self._whole) = (self._state, self._whole), (state, False)
+        before, self._state = self._state, state
         try:
             self.load_state_dict(state)
         except Exception:  # it does not fit, and nothing was changed
-            self._state, self._whole = before
+            self._state = before
             raise
-        self._whole = True
+        self._state = None
 
     def _copied_state(self):
         state = self.state_dict()  # but for the entries of the history, which don't change
@@ -451,8 +454,10 @@ class Experiment:
             raise ValueError('there is nothing to evaluate: val_set is None; pass a data set')
         stats = copy.copy(self.stats_manager) if self.batch else self.stats_manager  # called by a step, or not
         stats.init()
-        for loss, *rest in _evaluated(self, loader, self.step):
-            stats.accumulate(float(loss), *rest)
+        with _evaluating(self, loader):
+            for batch in _batches(self, loader):
+                loss, *rest = self.step(batch)
+                stats.accumulate(float(loss), *rest)
         return stats.summarize()
 
     def predict(self, data, targets=False):
@@ -463,10 +468,11 @@ class Experiment:
         collate = None if isinstance(data, torch.Tensor) else getattr(data, 'collate_fn', self.collate_fn)
         data = getattr(data, 'dataset', data) if isinstance(data, td.DataLoader) else data
         loader, outputs, desired = td.DataLoader(data, self.batch_size, collate_fn=collate), [], []
-        for *_, y, d in _evaluated(self, loader, lambda batch: (
-                (self.net(batch), None) if isinstance(batch, torch.Tensor) else self.step(batch))):
-            outputs.append((y[0] if isinstance(y, (tuple, list)) else y).cpu())
-            desired.append(d.cpu() if targets else None)
+        with _evaluating(self, loader):
+            for batch in _batches(self, loader):
+                y, d = (self.net(batch), None) if isinstance(batch, torch.Tensor) else self.step(batch)[2:]
+                outputs.append((y[0] if isinstance(y, (tuple, list)) else y).cpu())
+                desired.append(d.cpu() if targets else None)
         return (torch.cat(outputs), torch.cat(desired)) if targets else torch.cat(outputs)
 
     # --- history -----------------------------------------------------------------------------------
@@ -514,11 +520,9 @@ class Experiment:
         items = {name: item for name, item in _also(self).items() if name in checkpoint}
         before = copy.deepcopy({name: item.state_dict() for name, item in items.items()})
         try:
-            for name, item in items.items():
-                item.load_state_dict(copy.deepcopy(checkpoint[name]))
+            _load(items, checkpoint)
         except Exception:
-            for name, item in items.items():
-                item.load_state_dict(before[name])
+            _load(items, before)
             raise
         _unwrapped(self.net).load_state_dict(checkpoint['Net'])
         if 'Optimizer' in checkpoint:
@@ -532,7 +536,7 @@ class Experiment:
         after one that was left, what is written is the last epoch that was finished."""
         if _rank() == 0 and not os.path.isfile(self.config_path):
             _write(self.config_path, lambda file: file.write(f'{self!r}\n'.encode()))
-        _save(self.state_dict() if self._whole else self._state, path or self.checkpoint_path)
+        _save(self._state or self.state_dict(), path or self.checkpoint_path)
         self._saved = self.epoch if path is None else self._saved
 
     def load(self, path=None):
@@ -554,9 +558,10 @@ class Experiment:
         """The settings, by name, that a checkpoint must share with the experiment that loads it.
         Subclasses may add their own. Stored and compared are plain values and texts (`repr`)."""
         sets = {name: getattr(self, attribute, None) for name, attribute in (('TrainSet', 'train_set'), ('ValSet', 'val_set'))}
-        sizes = {f'{name}Size': operator.length_hint(getattr(data, 'dataset', data)) for name, data in sets.items()}
+        data = {name: part.dataset if isinstance(part, td.DataLoader) else part for name, part in sets.items()}
+        sizes = {f'{name}Size': operator.length_hint(part) for name, part in data.items() if operator.length_hint(part)}
         return {'Net': self.net, **sets, 'Optimizer': self.optimizer, 'StatsManager': self.stats_manager,
-                'BatchSize': getattr(sets['TrainSet'], 'batch_size', self.batch_size),
+                'BatchSize': sets['TrainSet'].batch_size if data['TrainSet'] is not sets['TrainSet'] else self.batch_size,
                 'PerformValidationDuringTraining': self.perform_validation_during_training, **sizes,
                 'Seed': self.seed, 'Precision': self.precision, 'GradClip': self.grad_clip and float(self.grad_clip),
                 'BatchesPerStep': self.batches_per_step, 'DropLast': self.drop_last, 'Scheduler': self._scheduler}
@@ -617,31 +622,40 @@ def _say_what_is_not_trained(exp):
     optimizers = [exp.optimizer, *(item for item in (exp.also_save or {}).values() if hasattr(item, 'param_groups'))]
     known = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
     names = [name for name, p in nn.Module.named_parameters(exp.net) if p.requires_grad and id(p) not in known]
-    if names and names != exp._named:
+    if names and names != exp._untrained:
         _say(f'In no group of the optimizer, so that they will not be trained: {", ".join(names[:5])}'
              + ' ...' * (len(names) > 5))
-    exp._named = names
+    exp._untrained = names
 
 
 def _try_evaluation(exp):
     """Evaluates the last batch, which may be short, so that what is wrong shows before the first epoch."""
-    loader = exp.val_loader
+    loader, stats = exp.val_loader, exp.stats_manager
     if isinstance(loader.dataset, td.IterableDataset) or not loader.batch_size:
         return
     size, n = loader.batch_size, len(loader.dataset)
     left = 0 if loader.drop_last else n % size
+    part = td.DataLoader(td.Subset(loader.dataset, range(n - (left or min(n, size)), n)), size, collate_fn=loader.collate_fn)
+    stats.init()
+    with _evaluating(exp, part):
+        for batch in _batches(exp, part):
+            try:
+                loss, *rest = exp.step(batch)
+            except RuntimeError as error:
+                if not left:
+                    raise
+                raise RuntimeError(f'the last batch of the evaluation has {left} samples instead of {size}: {error}. If '
+                                   'the network can take no fewer, give drop_last_in_evaluation=True') from error
+            stats.accumulate(float(loss), *rest)
+    _check_summary(exp, 'val_')
+
+
+def _check_summary(exp, prefix=''):
+    """Refuses after one batch what can't be kept, and a ``best_by`` that is no statistic."""
     try:
-        part = td.Subset(loader.dataset, range(n - (left or min(n, size)), n))
-        _check_summary(exp, exp.evaluate(td.DataLoader(part, size, collate_fn=loader.collate_fn)), 'val_')
-    except RuntimeError as error:
-        if not left:
-            raise
-        raise RuntimeError(f'the last batch of the evaluation has {left} samples instead of {size}: {error}. If the '
-                           'network can take no fewer, give drop_last_in_evaluation=True') from error
-
-
-def _check_summary(exp, summary, prefix=''):
-    """Refuses at the first batch what can't be kept, and a ``best_by`` that is no statistic."""
+        summary = exp.stats_manager.summarize()
+    except (ValueError, ArithmeticError):  # there are statistics for which one batch is too little
+        return
     names = [prefix + name for name in _flat(_kept(summary))]
     needed = exp.best_by is not None or isinstance(exp._scheduler, ReduceLROnPlateau)
     if needed and _column(exp) not in names:
@@ -668,7 +682,7 @@ def _describe(value):
         for k, group in enumerate(value.param_groups):
             group = group | {'lr': group.get('initial_lr', group.get('lr'))}
             parts |= {f'{name}{f" of group {k}" if k else ""}': group[name] for name in ('lr', *value.defaults)}
-    elif hasattr(value, 'optimizer'):  # a scheduler: what does not change in training
+    elif hasattr(value, 'optimizer') and hasattr(value, 'state_dict'):  # a scheduler: what does not change in training
         parts = {name: v for name, v in value.state_dict().items() if name == '_schedulers' or name[0] != '_' and name not in (
             'last_epoch', 'best', 'num_bad_epochs', 'cooldown_counter', 'T_cur', 'T_i')}
     elif isinstance(value, td.DataLoader):
@@ -720,7 +734,8 @@ def _compare_settings(exp, stored):
         _say(f'The source of {type(exp.net).__name__} has changed since the checkpoint in {exp.output_dir}')
     if lines := _weight_differences(exp, stored):
         differences['Weights'] = lines
-    unused = () if exp.perform_validation_during_training else ('ValSet', 'ValSetSize')
+    validates = 'PerformValidationDuringTraining'
+    unused = () if given[validates][''] and old.get(validates, {'': True})[''] else ('ValSet', 'ValSetSize')
     for name in [name for name in given if name in old and name not in ('Source', 'Torch', *unused)]:
         a, b = old[name], given[name]
         parts = [''] if a[''] != b[''] else a | b if same_torch else [] if name == 'Net' else a.keys() & b.keys()
@@ -841,6 +856,11 @@ def _also(exp):
     return {name: item for name, item in more.items() if item is not None} | (exp.also_save or {})
 
 
+def _load(items, states):
+    for name, item in items.items():
+        item.load_state_dict(copy.deepcopy(states[name]))
+
+
 def _step_scheduler(exp, entry):
     if exp._scheduler is not None:
         exp._scheduler.step(*[_score(exp, entry)] * isinstance(exp._scheduler, ReduceLROnPlateau))
@@ -852,8 +872,9 @@ def find_device(name='auto'):
     """The device of that name, or the best one of this machine: CUDA (under torchrun, this process's
     own), MPS or CPU. Raises ValueError if it is not here."""
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-        name += f':{os.environ.get("LOCAL_RANK", 0)}' * (name == 'cuda')
+        if torch.cuda.is_available():
+            return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -948,13 +969,13 @@ def _batches(exp, loader):
         raise ValueError('the data gave no batch: it is empty, or shorter than one batch that may not be short')
 
 
-def _evaluated(exp, loader, step):
-    """What ``step`` makes of each batch, in evaluation mode."""
+@contextlib.contextmanager
+def _evaluating(exp, loader):
     mode = exp.net.training
     exp.net.eval()
     try:
         with torch.no_grad(), _randomness(exp.seed or 0, 0, loader):
-            yield from map(step, _batches(exp, loader))
+            yield
     finally:
         exp.net.train(mode)
 
@@ -1016,6 +1037,7 @@ def _start_distributed():
         if torch.cuda.is_available():
             torch.cuda.set_device(find_device())
         dist.init_process_group()
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 def _world_size():
@@ -1065,8 +1087,10 @@ def _locked(path):
         except (BlockingIOError, PermissionError):
             raise RuntimeError(f'{os.path.dirname(path)} is in use: another process trains there. Wait for it, '
                                'stop it, or give another output_dir') from None
-        yield
-        os.remove(file.name)
+        try:
+            yield
+        finally:
+            os.remove(file.name)
 
 
 def _progress_bar(loader):
