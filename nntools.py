@@ -780,7 +780,8 @@ def _open(exp, stored):
                 _step_scheduler(exp, entry)
     if not epochs or differences:
         exp.save()
-        exp._read(exp.checkpoint_path)  # lest a training ends with what can't be read
+        if _rank() == 0:
+            exp._read(exp.checkpoint_path)  # lest a training ends with what can't be read
     exp._saved = exp.epoch
     _put_aside_stale_best(exp)
 
