@@ -15,7 +15,7 @@ bsds300_is_here = { [ -n "$$BSDS300" ] || [ -d BSDS300/images ]; }
 # Runs without a person: no progress bars. JupyterLab (make lab) shows them.
 headless = TQDM_DISABLE=1 $(PY)
 
-.PHONY: help setup notebook refresh lab test test-lowest lint nbval train results ablation benchmark clean
+.PHONY: help setup notebook refresh lab test test-lowest lint nbval train results ablation benchmark soak clean
 
 help:
 	@echo 'make notebook   run the notebook top to bottom; the result is in experiments/'
@@ -24,7 +24,7 @@ help:
 	@echo 'make lab        open the notebook in JupyterLab'
 	@echo 'make refresh    run the notebook and renew the outputs stored in it'
 	@echo 'make nbval      only the comparison of the notebook with its stored outputs'
-	@echo 'make train NET=dncnn|udncnn|dudncnn, make results, make benchmark, make lint, make clean'
+	@echo 'make train NET=dncnn|udncnn|dudncnn, make results, make benchmark, make soak, make lint, make clean'
 	@echo 'make ablation   what skips, dilation and pooling give (RETRAIN=1: hours of training)'
 
 setup: $(READY)
@@ -89,6 +89,12 @@ ablation: $(READY)
 
 benchmark: $(READY)
 	$(PY) tests/benchmark.py
+
+# 100 trainings killed and 100 interrupted twice, of which none may end otherwise (a few minutes).
+soak: $(READY)
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(headless) tests/test_nntools_resume.py kills "$$folder/kills" 100 && \
+	$(headless) tests/test_nntools_resume.py presses "$$folder/presses" 100
 
 # What the two commands made. Downloaded photographs and checkpoints/ stay.
 clean:
