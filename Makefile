@@ -73,6 +73,7 @@ train: $(READY)
 
 results: $(READY)
 	$(PY) -m denoising_utils evaluate
+	$(PY) -m denoising_utils levels $(if $(RETEST),--retest)
 
 ablation: $(READY)
 	$(headless) -m denoising_utils ablation $(if $(RETRAIN),--retrain)

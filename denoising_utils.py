@@ -3,7 +3,7 @@
 In the order of the notebook ``Assignment4.ipynb``. Images are tensors (channels, height, width)
 with values in [-1, 1]; noise levels ``sigma`` are on the usual scale 0..255.
 
-    python -m denoising_utils --help      # train, ablation, evaluate, denoise, fetch
+    python -m denoising_utils --help      # train, ablation, evaluate, levels, denoise, fetch
 """
 import argparse
 import contextlib
@@ -552,9 +552,10 @@ def fold_batch_norm(net):
     """A copy of a trained network in which each batch norm is part of the convolution before it: the same
     function, but trained on as a network without batch norm."""
     net = copy.deepcopy(net).eval()
-    for k in range(net.D):
-        net.conv[k + 1] = fuse_conv_bn_eval(net.conv[k + 1], net.bn[k])
-        net.bn[k] = nn.Identity()
+    for k, bn in enumerate(net.bn):
+        if isinstance(bn, nn.BatchNorm2d):
+            net.conv[k + 1] = fuse_conv_bn_eval(net.conv[k + 1], bn)
+            net.bn[k] = nn.Identity()
     return net
 
 
@@ -1050,6 +1051,35 @@ def read_scores(file, which):
     return {network: np.array(list(by_seed.values())) for network, by_seed in by_network.items()}
 
 
+LEVELS = (3, 5, 10, 15, 25, 30, 50)
+# PSNR (dB) of FFDNet for colour, told the level, on the same noisy images (100 test photographs, see
+# `benchmark_pairs`), with its authors' weights; measured elsewhere for this project. By set of scores.
+FFDNET = {'sigma 10': 35.83, 'sigma 15': 33.53, 'sigma 25': 30.82, 'sigma 30': 29.92, 'sigma 50': 27.54,
+          'sigma 10, 8 bits': 35.68, 'sigma 15, 8 bits': 33.28, 'sigma 25, 8 bits': 30.30, 'sigma 50, 8 bits': 25.96}
+FFDNET_CLIP = {'sigma 10, 8 bits': 35.82, 'sigma 15, 8 bits': 33.53, 'sigma 25, 8 bits': 30.84, 'sigma 50, 8 bits': 27.55}
+
+
+def score_levels(name, root_dir):
+    """The PSNR on the test photographs at all `LEVELS`, not clipped and as 8-bit files: rows of `COLUMNS`.
+
+    ``name`` is that of a trained network, ``'noisy'`` for none, or ``'dudncnn_scaled'`` for DUDnCNN made
+    fit for each level above 30 by `for_level`.
+    """
+    rows = []
+    for sigma, clip in itertools.product(LEVELS, (False, True)):
+        if name == 'noisy':
+            denoise = torch.clone
+        elif name == 'dudncnn_scaled' and sigma <= 30:
+            continue
+        else:
+            denoise = fold_batch_norm(load_network(name.removesuffix('_scaled'))[0])
+            denoise = for_level(denoise, sigma) if name.endswith('_scaled') else denoise
+        with torch.inference_mode():
+            values = [psnr(denoise(noisy), clean).item() for noisy, clean in benchmark_pairs(root_dir, sigma, clip=clip)]
+        rows += scores_as_rows(name, 0, f'sigma {sigma}' + ', 8 bits' * clip, values)
+    return rows
+
+
 def half_interval(standard_error, degrees):
     """Half the width of a mean's 95 % interval, after Student's t with so many degrees of freedom."""
     return stats.t.ppf(0.975, degrees) * standard_error
@@ -1209,6 +1239,23 @@ def evaluate(args):
               f'{seconds.mean():.2f} |', flush=True)
 
 
+def levels(args):
+    """Prints the PSNR by level of noise, not clipped and in 8-bit files, beside FFDNet's; --retest measures it."""
+    if args.retest:
+        for name in args.nets:
+            write_scores(args.scores, score_levels(name, find_photographs(args.data)))
+    for noise in ('', ', 8 bits'):
+        sets = [f'sigma {sigma}{noise}' for sigma in LEVELS]
+        scores = [{net: values.mean() for net, values in read_scores(args.scores, which).items()} for which in sets]
+        for row, which in zip(scores, sets):
+            row |= {name: values[which] for name, values in (('FFDNet', FFDNET), ('FFDNet-Clip', FFDNET_CLIP)) if which in values}
+        print('| PSNR (dB), ' + ('clipped to 8 bits' if noise else 'not clipped') + ''.join(f' | σ = {sigma}' for sigma in LEVELS) + ' |')
+        print('|---' * (len(LEVELS) + 1) + '|')
+        for name in dict.fromkeys(name for row in scores for name in row):
+            print(f'| {name} | ' + ' | '.join(f'{row[name]:.2f}' if name in row else '' for row in scores) + ' |')
+        print()
+
+
 def bm3d(args):
     """Scores BM3D on the test photographs, for comparison (needs `pip install bm3d`; a quarter of an hour)."""
     import bm3d as package
@@ -1261,7 +1308,7 @@ def name_results(args):
 def parse(words=None):
     """The options of the command line. Each command's are explained by ``COMMAND --help``."""
     parser = argparse.ArgumentParser(prog='denoising_utils', description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(required=True, metavar='train | ablation | evaluate | bm3d | denoise | fetch')
+    commands = parser.add_subparsers(required=True, metavar='train | ablation | evaluate | levels | bm3d | denoise | fetch')
 
     def command(function, **options):
         sub = commands.add_parser(function.__name__, help=function.__doc__.split('\n')[0],
@@ -1311,6 +1358,11 @@ def parse(words=None):
     add('--sigma', type=float, default=30, help='noise level, 0..255')
     add('--scores', help='also keep the PSNR of each photograph and seed in this file (CSV)')
     add('--self-ensemble', action='store_true', help='mean over the eight flips and quarter turns of each image')
+    add = command(levels)
+    add('--retest', action='store_true', help='measure again (half an hour), or print the stored scores')
+    add('--nets', nargs='+', default=['noisy', *NETWORKS, 'dudncnn_scaled', 'dudncnn_blind'], help='what to measure')
+    add('--scores', default=HERE / 'checkpoints' / 'levels.csv', help='file of the scores')
+    add('--data', help='folder with train/ and test/ (default: see find_photographs)')
     add = command(bm3d)
     add('--data', help='folder with train/ and test/ (default: see find_photographs)')
     add('--sigma', type=float, default=30, help='noise level, 0..255')
