@@ -1069,7 +1069,7 @@ def read_scores(file, which):
     return {network: np.array(list(by_seed.values())) for network, by_seed in by_network.items()}
 
 
-LEVELS = (3, 5, 10, 15, 25, 30, 50)
+LEVELS = (3, 10, 15, 25, 30, 50)
 # PSNR (dB) of FFDNet for colour, told the level, on the same noisy images (100 test photographs, see
 # `benchmark_pairs`), with its authors' weights; measured elsewhere for this project. By set of scores.
 FFDNET = {'sigma 10': 35.83, 'sigma 15': 33.53, 'sigma 25': 30.82, 'sigma 30': 29.92, 'sigma 50': 27.54,
@@ -1306,6 +1306,20 @@ def denoise(args):
         raise SystemExit(f'{failed} of {len(pairs)} files could not be denoised')
 
 
+def example(args):
+    """Makes the picture in the README: a photograph of scikit-image (CC0) with noise, and denoised."""
+    from skimage import data
+
+    clean = to_floats(_pixels(data.coffee()[60:320, 130:470]))
+    torch.manual_seed(0)
+    noisy = to_integers(clean + 2 * args.sigma / 255 * torch.randn(clean.shape))
+    denoised = denoise_image(load_network('dudncnn_blind')[0], noisy)
+    write_image(ImageFile(torch.cat([noisy, denoised], 2)), args.target)
+    before, after = (psnr(to_floats(image)[None], clean[None]).item() for image in (noisy, denoised))
+    print(f'{args.target}: {before:.2f} dB before, {after:.2f} dB after; estimated noise level '
+          f'{noise_level(noisy):.1f} before, {noise_level(denoised):.1f} after')
+
+
 def name_results(args):
     """The files to read and to write of the command ``denoise``: a list of pairs. Raises ValueError."""
     if args.sigma is not None and (args.net.endswith('_blind') or not args.sigma > 0):
@@ -1393,6 +1407,9 @@ def parse(words=None):
     add('--sigma', type=float, help='the level of the noise, for networks that were trained on one (30)')
     add('--strength', type=float, default=1, help='0 leaves the image as it is, between 0 and 1 is a blend')
     add('--force', action='store_true', help='replace files that exist')
+    add = command(example)
+    add('target', nargs='?', default='denoised.jpg', help='image file to write')
+    add('--sigma', type=float, default=30, help='noise level, 0..255')
     add = command(fetch)
     add('--destination', help='folder (default: BSDS300/ beside this file)')
     return parser.parse_args(words)
