@@ -11,6 +11,7 @@ import copy
 import csv
 import getpass
 import hashlib
+import http.client
 import itertools
 import math
 import os
@@ -18,6 +19,7 @@ import socket
 import tarfile
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -96,33 +98,48 @@ def fetch(destination=None):
         try:
             with _time_limit_of_connections(20):
                 download_url(BSDS_URL, temporary, 'BSDS300-images.tgz')
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
             raise ConnectionError(f'BSDS300 could not be downloaded from {BSDS_URL} ({error}). {advice}') from error
+        images = Path(temporary) / 'images'
         try:
-            with tarfile.open(Path(temporary) / 'BSDS300-images.tgz') as archive:
-                archive.extractall(temporary, filter='data')
-        except (tarfile.TarError, EOFError, OSError) as error:
+            _unpack(Path(temporary) / 'BSDS300-images.tgz', images)
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise OSError(f'the download of {BSDS_URL} is damaged ({error}). {advice}') from error
-        check_photographs(Path(temporary) / 'BSDS300' / 'images')
-        os.replace(Path(temporary) / 'BSDS300' / 'images', destination / 'images')
+        check_photographs(images, advice)
+        os.replace(images, destination / 'images')
     return destination / 'images'
 
 
-def check_photographs(folder):
+def _manifest():
+    """The photographs of BSDS300: a dict of ``train/NAME`` or ``test/NAME`` to SHA-256."""
+    lines = MANIFEST.read_text(encoding='utf-8').splitlines()
+    return {name: digest for digest, name in map(str.split, lines)}
+
+
+def _unpack(archive, folder):
+    """Writes the photographs of the manifest from the archive into ``folder``, and nothing else that
+    is in there: no name is trusted. (The filters of `tarfile` are missing in Python 3.11.2.)"""
+    wanted = {f'BSDS300/images/{name}': folder / name for name in _manifest()}
+    with tarfile.open(archive) as members:
+        for member in members:
+            if member.isfile() and member.name in wanted:
+                wanted[member.name].parent.mkdir(parents=True, exist_ok=True)
+                wanted[member.name].write_bytes(members.extractfile(member).read())
+
+
+def check_photographs(folder, advice='Delete that folder and fetch it again.'):
     """Compares the photographs in ``folder`` with the manifest of BSDS300: 300 names and SHA-256.
 
-    Raises OSError, naming the files that are missing or different.
+    Raises OSError, naming the files that are missing or different, and giving the ``advice``.
     """
     wrong = []
-    for line in MANIFEST.read_text().splitlines():
-        digest, name = line.split()
+    for name, digest in _manifest().items():
         file = Path(folder) / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             wrong.append(name)
     if wrong:
         raise OSError(f'{len(wrong)} of the 300 photographs of BSDS300 are missing or damaged in {folder}: '
-                      f'{", ".join(wrong[:5])}{" ..." if len(wrong) > 5 else ""}. Delete that folder and '
-                      'fetch it again.')
+                      f'{", ".join(wrong[:5])}{" ..." if len(wrong) > 5 else ""}. {advice}')
 
 
 @contextlib.contextmanager
@@ -144,7 +161,8 @@ def sample_photographs(destination=None):
     """
     from skimage import data
 
-    folder = Path(destination or Path(tempfile.gettempdir()) / f'sample-photographs-{getpass.getuser()}')
+    user = getattr(os, 'getuid', getpass.getuser)()  # in a container, a user may have a number but no name
+    folder = Path(destination or Path(tempfile.gettempdir()) / f'sample-photographs-{user}')
     if folder.is_dir():
         return folder
     images = {f'test/{name}.png': getattr(data, name)()

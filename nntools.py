@@ -1,6 +1,7 @@
 """A small training helper for PyTorch: networks, statistics and resumable experiments.
 
-Copy this one file beside your assignment. It needs torch, numpy and tqdm. A complete use::
+Copy this one file beside your assignment. It needs Python 3.10, torch 2.6, numpy 1.26 and tqdm, or newer
+ones of each. A complete use::
 
     import torch
     import nntools as nt

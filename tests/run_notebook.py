@@ -54,7 +54,7 @@ def main():
     write(result.with_suffix('.html'), page)
     print(f'The result, to look at:    {result.with_suffix(".html")} (any browser), {result}\n'
           f'To work in JupyterLab:     make lab\n'
-          f'           without make:   {os.path.relpath(sys.executable)} -m jupyter lab {args.notebook}')
+          f'           without make:   {sys.executable} -m jupyter lab {args.notebook}')
     if error:
         sys.exit(str(error))
 

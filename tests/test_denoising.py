@@ -1,8 +1,13 @@
 """Data, networks, statistics, pictures and command line of denoising_utils, as a user sees them."""
+import contextlib
+import hashlib
+import http.server
 import io
 import math
 import shutil
+import socket
 import tarfile
+import threading
 
 import matplotlib
 import numpy as np
@@ -179,57 +184,124 @@ def test_argument_before_environment_before_checkout(folder, tmp_path, monkeypat
     assert du.find_photographs() == tmp_path / 'BSDS300' / 'images'
 
 
-def archive_of(folder, change=None):
-    """A BSDS300-images.tgz of a folder, as bytes."""
+def archive_of(folder, *others):
+    """A BSDS300-images.tgz of a folder, as bytes; before the photographs, members ``others``: (name, type)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode='w:gz') as archive:
-        archive.add(folder, 'BSDS300/images')
+        for name, kind in others:
+            member = tarfile.TarInfo(name)
+            if kind == tarfile.REGTYPE:
+                member.size = len(b'planted')
+            else:
+                member.type, member.linkname = kind, '../../..'
+            archive.addfile(member, io.BytesIO(b'planted'))
+        archive.add(folder / 'train', 'BSDS300/images/train')
+        archive.add(folder / 'test', 'BSDS300/images/test')
     return buffer.getvalue()
 
 
 @pytest.fixture
 def served(folder, tmp_path, monkeypatch):
-    """Makes the download give chosen bytes, and the manifest that of ``folder``."""
-    import hashlib
+    """A server on 127.0.0.1 in Berkeley's place, and the manifest of ``folder`` in that of BSDS300.
+
+    A function of the bytes to serve (None: nothing listens). With ``promised``, that many are announced.
+    """
+    (folder / 'test' / 'large.png').write_bytes(np.random.default_rng(0).bytes(300_000))  # in several blocks of gzip
     names = sorted(f'{f.parent.name}/{f.name}' for f in folder.glob('*/*.png'))
     manifest = tmp_path / 'manifest'
     manifest.write_text(''.join(
         f'{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n' for name in names))
     monkeypatch.setattr(du, 'MANIFEST', manifest)
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    answer = {}
 
-    def serve(content):
-        def download(url, root, filename):
-            if content is None:
-                raise OSError('Network is unreachable')
-            (du.Path(root) / filename).write_bytes(content)
-        monkeypatch.setattr(du, 'download_url', download)
-    return serve
+    class Berkeley(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == '/moved':
+                self.send_response(302)
+                self.send_header('Location', '/BSDS300-images.tgz')
+                self.end_headers()
+            elif self.path == '/no-http':
+                self.wfile.write(b'220 mail.example.org ready\r\n')
+            else:
+                self.send_response(200)
+                self.send_header('Content-Length', answer['promised'])
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):  # the first of two requests is only looked at
+                    self.wfile.write(answer['content'])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Berkeley) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+
+        def serve(content, promised=None, path='/BSDS300-images.tgz'):
+            answer.update(content=content, promised=promised or len(content or b''))
+            port = server.server_port if content is not None else unused_port()
+            monkeypatch.setattr(du, 'BSDS_URL', f'http://127.0.0.1:{port}{path}')
+        yield serve
+        server.shutdown()
 
 
-def test_download_is_checked_and_complete_or_absent(folder, served, tmp_path):
-    home = tmp_path / 'home'
-    for content, problem in ((None, 'could not be downloaded'), (b'a page that says no', 'is damaged'),
-                             (archive_of(folder)[:-500], 'is damaged')):
-        served(content)
-        with pytest.raises(OSError, match=f'(?s){problem} .*Try again'):
-            du.fetch(home)
-        assert list(home.iterdir()) == []
-    (folder / 'train' / '3.png').write_bytes(b'other')
-    served(archive_of(folder))
-    with pytest.raises(OSError, match='1 of the .* missing or damaged.*train/3.png'):
+def unused_port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize('path', ['/BSDS300-images.tgz', '/moved'])
+def test_download(folder, served, tmp_path, path):
+    served(archive_of(folder), path=path)
+    images = du.fetch(tmp_path / 'home')
+    assert images == tmp_path / 'home' / 'images' and list((tmp_path / 'home').iterdir()) == [images]
+    assert {str(file.relative_to(images)): file.read_bytes() for file in images.glob('*/*')} == {
+        str(file.relative_to(folder)): file.read_bytes() for file in folder.glob('*/*.png')}
+    served(None)  # once complete, it isn't downloaded again
+    assert du.fetch(tmp_path / 'home') == images
+
+
+@pytest.mark.parametrize('damage, error, problem', [
+    (lambda serve, good: serve(None), ConnectionError, 'could not be downloaded'),
+    (lambda serve, good: serve(good, path='/no-http'), ConnectionError, 'could not be downloaded'),
+    (lambda serve, good: serve(b'a page that says no'), OSError, 'is damaged'),
+    (lambda serve, good: serve(b''), OSError, 'is damaged'),
+    (lambda serve, good: serve(good[:len(good) // 2]), OSError, 'is damaged'),
+    (lambda serve, good: serve(good[:len(good) // 2] + b'\xff' * 100_000), OSError, 'is damaged'),
+    (lambda serve, good: serve(good[:len(good) // 2], promised=len(good)), OSError, 'is damaged'),
+], ids=['nothing listens', 'no HTTP', 'a page', 'empty', 'half', 'bad half', 'cut off'])
+def test_a_download_that_fails_leaves_nothing_and_can_be_repeated(folder, served, tmp_path, damage, error, problem):
+    good, home = archive_of(folder), tmp_path / 'home'
+    damage(served, good)
+    with pytest.raises(error, match=f'(?s){problem} .*Try again'):
         du.fetch(home)
     assert list(home.iterdir()) == []
+    served(good)
+    assert len(list(du.fetch(home).glob('*/*.png'))) == 10
 
 
-def test_download_again_after_a_failure(folder, served, tmp_path):
-    served(None)
-    with pytest.raises(OSError):
-        du.fetch(tmp_path / 'home')
+def test_a_download_with_another_photograph_is_refused(folder, served, tmp_path):
+    (folder / 'train' / '3.png').write_bytes(b'other')
     served(archive_of(folder))
-    assert sorted(f.name for f in (du.fetch(tmp_path / 'home') / 'train').glob('*.png')) == [
-        f'{k}.png' for k in range(6)]
-    served(None)  # once complete, it isn't downloaded again
-    assert du.fetch(tmp_path / 'home').is_dir()
+    with pytest.raises(OSError, match='1 of the .* missing or damaged.*train/3.png. Try again'):
+        du.fetch(tmp_path / 'home')
+    assert list((tmp_path / 'home').iterdir()) == []
+
+
+def test_nothing_but_the_photographs_is_taken_out_of_the_archive(folder, served, tmp_path):
+    outside = tmp_path / 'outside.png'
+    served(archive_of(
+        folder, ('../outside.png', tarfile.REGTYPE), ('../../outside.png', tarfile.REGTYPE),
+        (str(outside), tarfile.REGTYPE), ('BSDS300/images/../../../outside.png', tarfile.REGTYPE),
+        ('BSDS300/images/more.png', tarfile.REGTYPE), ('BSDS300/images/train/0.png', tarfile.SYMTYPE),
+        ('BSDS300/images/train', tarfile.SYMTYPE), ('BSDS300/images/test/pipe', tarfile.FIFOTYPE)))
+    before = set(tmp_path.rglob('*'))
+    images = du.fetch(tmp_path / 'home')
+    assert {str(file.relative_to(images)) for file in images.glob('*/*')} == {
+        str(file.relative_to(folder)) for file in folder.glob('*/*.png')}
+    assert not any(file.is_symlink() for file in images.rglob('*'))
+    assert not outside.exists() and {
+        file for file in set(tmp_path.rglob('*')) - before if images.parent not in [file, *file.parents]} == set()
 
 
 def test_a_damaged_download_is_an_error_even_where_photographs_could_stand_in(served, tmp_path, monkeypatch):

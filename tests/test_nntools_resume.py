@@ -19,7 +19,7 @@ import torch
 import torch.utils.data as td
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-from test_nntools import Data, Net, Stats, make, same  # noqa: E402
+from test_nntools import Data, Net, Stats, forks, make, same  # noqa: E402
 from torch.optim import lr_scheduler  # noqa: E402
 
 import nntools as nt  # noqa: E402
@@ -154,6 +154,7 @@ def kill_trainings(folder):
     print(json.dumps(result))
 
 
+@forks
 def test_killed_processes_end_as_if_they_had_not_been(tmp_path):
     done = subprocess.run([sys.executable, __file__, 'kills', str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -246,6 +247,7 @@ def processes(folder):
     (folder / f'rank{rank}.json').write_text(json.dumps(said))
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='torchrun needs libuv, which wheels for Windows lack (PyTorch issue 139990)')
 def test_two_processes_of_torchrun(tmp_path):
     one = build(tmp_path / 'shared')
     one.run(2)

@@ -201,6 +201,7 @@ def test_nbval_lax_compares_what_is_marked_and_runs_everything(tmp_path):
     ('took  1:05 min', 'took 12 min'),
     ('device: cpu', 'device: cuda:1'),
     ('in /tmp/x1/images', 'in /home/me/BSDS300'),
+    ('in /tmp/x1/images', 'in D:\\Users\\me\\BSDS300'),
     ('Epoch 3/12: loss 0.02517, val_PSNR 23.12 (0.79 s)', 'Epoch 3/12: loss 0.1, val_PSNR 22 (10.00 s)')])
 def test_what_the_sanitize_file_lets_differ(a, b):
     assert sanitized(a) == sanitized(b)
