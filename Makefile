@@ -10,11 +10,6 @@ READY = $(VENV)/.ready
 VERSIONS =
 NOTEBOOK = Assignment4.ipynb
 
-# On Linux with glibc: memory that one layer frees stays for the next, instead of going back to the
-# system in between. Denoising a photograph on a CPU takes half the time (make benchmark).
-export MALLOC_MMAP_MAX_ = 0
-export MALLOC_TRIM_THRESHOLD_ = 4294967296
-
 bsds300_is_here = { [ -n "$$BSDS300" ] || [ -d BSDS300/images ]; }
 
 # Runs without a person: no progress bars. JupyterLab (make lab) shows them.
@@ -87,6 +82,7 @@ train: $(READY)
 
 results: $(READY)
 	$(PY) -m denoising_utils evaluate
+	$(PY) -m denoising_utils levels $(if $(RETEST),--retest)
 
 ablation: $(READY)
 	$(headless) -m denoising_utils ablation $(if $(RETRAIN),--retrain)

@@ -3,43 +3,66 @@
 In the order of the notebook ``Assignment4.ipynb``. Images are tensors (channels, height, width)
 with values in [-1, 1]; noise levels ``sigma`` are on the usual scale 0..255.
 
-    python -m denoising_utils --help      # train, ablation, evaluate, denoise, fetch
+    python -m denoising_utils --help      # train, ablation, evaluate, levels, denoise, fetch
 """
 import argparse
 import contextlib
 import copy
 import csv
+import ctypes
+import dataclasses
 import getpass
 import hashlib
 import http.client
+import io
 import itertools
 import math
 import os
 import socket
+import sys
 import tarfile
 import tempfile
 import time
+import warnings
 import zlib
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import tifffile
 import torch
 import torch.nn.functional as F
 import torch.utils.data as td
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy import stats
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.datasets.utils import download_url
 from torchvision.transforms import functional as transforms
+from tqdm.auto import tqdm
 
 import nntools as nt
 
 HERE = Path(__file__).resolve().parent
 BSDS_URL = 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/BSDS300-images.tgz'
 MANIFEST = HERE / 'checkpoints' / 'BSDS300.sha256'
+
+
+def keep_freed_memory():
+    """Asks glibc, where that is the C library, to keep memory that one layer frees for the next, instead
+    of giving it back to the system in between: a photograph takes half the time (``make benchmark``).
+
+    Settings of the environment (``MALLOC_...``, see mallopt(3)) go before.
+    """
+    if not any(name.startswith('MALLOC_') for name in os.environ):
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL('libc.so.6').mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside of the heap, which go back when they are freed
+            mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: how much is free at the heap's end before that goes back
+
+
+keep_freed_memory()  # before the first tensor
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -326,7 +349,7 @@ class NoisyBSDSDataset(td.Dataset):
         noise = torch.randn((1 if grey else 3, *clean.shape[1:]), generator=random).mul_(2 * sigma / 255)
         noisy = noise + clean
         if self.clip and uniform(0, 1) < self.clip:
-            noisy = as_8_bits(noisy).float().div_(127.5).sub_(1)
+            noisy = to_floats(to_integers(noisy))
         return noisy, clean.contiguous()
 
 
@@ -337,9 +360,17 @@ def _changed(image, size, saturation, contrast):
     return image.mul_(2).sub_(1)
 
 
-def as_8_bits(image):
-    """A tensor in [-1, 1] as the bytes that a file has: clipped and rounded."""
-    return ((image + 1) * 127.5).round_().clamp_(0, 255).byte()
+def to_floats(values):
+    """The integers of an image file (uint8 or uint16) as floats in [-1, 1]; floats as they are."""
+    return values if values.is_floating_point() else values.float().div_(torch.iinfo(values.dtype).max / 2).sub_(1)
+
+
+def to_integers(image, dtype=torch.uint8):
+    """Floats in [-1, 1] as integers of an image file: clipped and rounded; as they are if ``dtype`` is of floats."""
+    if dtype.is_floating_point:
+        return image
+    largest = torch.iinfo(dtype).max
+    return ((image + 1) * (largest / 2)).round_().clamp_(0, largest).to(dtype)
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -417,11 +448,11 @@ class DnCNN(NNRegressor):
 
     def block(self, k, h):
         """The k-th block, k = 0 ... D-1: convolution, batch norm, ReLU."""
-        return F.relu(self.bn[k](self.conv[k + 1](h)))
+        return F.relu(self.bn[k](self.conv[k + 1](h)), inplace=True)
 
     def features(self, x):
         """All but the last convolution: (N, C, height, width)."""
-        h = F.relu(self.conv[0](x))
+        h = F.relu(self.conv[0](x), inplace=True)
         for k in range(self.D):
             h = self.block(k, h)
         return h
@@ -471,10 +502,10 @@ class UDnCNN(DnCNN):
 
     def join(self, h, earlier):
         """An inner skip: adds earlier features of the same scale."""
-        return (h + earlier) / math.sqrt(2)
+        return (h + earlier).div_(math.sqrt(2))
 
     def features(self, x):
-        first = h = F.relu(self.conv[0](x))
+        first = h = F.relu(self.conv[0](x), inplace=True)
         scales = []
         for k in range(self.D // 2 - 1):
             h, way_back = self.down(self.block(k, h))
@@ -539,9 +570,10 @@ def fold_batch_norm(net):
     """A copy of a trained network in which each batch norm is part of the convolution before it: the same
     function, but trained on as a network without batch norm."""
     net = copy.deepcopy(net).eval()
-    for k in range(net.D):
-        net.conv[k + 1] = fuse_conv_bn_eval(net.conv[k + 1], net.bn[k])
-        net.bn[k] = nn.Identity()
+    for k, bn in enumerate(net.bn):
+        if isinstance(bn, nn.BatchNorm2d):
+            net.conv[k + 1] = fuse_conv_bn_eval(net.conv[k + 1], bn)
+            net.bn[k] = nn.Identity()
     return net
 
 
@@ -736,30 +768,66 @@ def _refresh(fig):
 
 # --- whole photographs ---------------------------------------------------------------------------
 
-def denoise_image(net, image, tile=320):
+def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32):
     """Denoises an image of any size with bounded memory, in tiles of ``tile`` pixels.
 
-    ``image`` is (channels, height, width) in [-1, 1]; the result is the same on the CPU. Each tile is
-    read with a margin of half the receptive field or more, and cut where the pooling cells of the
-    whole image would be, so that the result is that of the untiled image up to rounding.
+    Each tile is read with a margin of half the receptive field or more, and cut where the pooling
+    cells of the whole image would be, so that the result is that of the untiled image up to rounding.
+    A progress bar shows on a terminal.
+
+    Args:
+        net: a network for three channels, on any device.
+        image: a tensor (channels, height, width): floats in [-1, 1], or the integers of a file
+            (uint8 or uint16), of which only one tile at a time becomes floats. One channel (grey)
+            goes through the network as three equal ones, of whose results the mean is taken.
+        tile: side of the tiles in pixels.
+        strength: 1 for what the network returns, 0 for the image as it is, or a blend of both.
+        precision: the type in which the layers compute, see `half_precision`.
+
+    Returns a tensor like ``image`` on the CPU. Raises ValueError for another shape.
     """
-    if image.ndim != 3:
-        raise ValueError(f'image must be (channels, height, width), got the shape {tuple(image.shape)}')
-    cell = 2 ** max(net.D // 2 - 1, 0)
-    tile, margin = (math.ceil(n / cell) * cell for n in (max(tile, 1), net.receptive_field // 2 + 1))
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f'image must be (channels, height, width) with 1 or 3 channels, got the shape {tuple(image.shape)}')
     height, width = image.shape[1:]
-    result = torch.empty(image.shape)
+    tile, margin = (math.ceil(n / net.pooling_cell) * net.pooling_cell for n in (max(tile, 1), net.receptive_field // 2 + 1))
+    result = torch.empty_like(image, device='cpu')
     training, device = net.training, net.device
     net.eval()
-    with torch.inference_mode():
-        for top in range(0, height, tile):
-            for left in range(0, width, tile):
-                first_row, first_column = max(0, top - margin), max(0, left - margin)
-                part = image[:, first_row:top + tile + margin, first_column:left + tile + margin]
-                part = net(part[None].to(device))[0, :, top - first_row:, left - first_column:]
-                result[:, top:top + tile, left:left + tile] = part[:, :tile, :tile].cpu()
+    with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        for top, left in tqdm([*itertools.product(range(0, height, tile), range(0, width, tile))], unit='tile',
+                              leave=False, disable=None):
+            first_row, first_column = max(0, top - margin), max(0, left - margin)
+            part = image[:, first_row:top + tile + margin, first_column:left + tile + margin].to(device)
+            part = to_floats(part).expand(1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+            part = part.lerp(net(part).float(), strength)[0, :, top - first_row:, left - first_column:][:, :tile, :tile]
+            part = part.mean(0, keepdim=True) if len(image) == 1 else part
+            result[:, top:top + tile, left:left + tile] = to_integers(part, image.dtype)
     net.train(training)
     return result
+
+
+def half_precision(device):
+    """The `torch.dtype` in which layers compute fastest on ``device``: half precision where it has
+    instructions for it. In 8 bits that changes one value in seven, by one."""
+    if device.type == 'cuda':
+        return torch.float16
+    abilities = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
+    return torch.bfloat16 if abilities.get('avx512_bf16') or abilities.get('amx_bf16') else torch.float32
+
+
+def for_level(net, sigma, trained=30):
+    """A copy of a network, trained on noise of level ``trained``, for a higher level ``sigma``: it scales
+    its input down, so that the noise has the level it knows, and what it adds to it up again.
+
+    As the network is linear in its input up to the first bias, that is a matter of two layers. Not for
+    lower levels, where it doesn't help: there the copy is the network as it is.
+    """
+    net, factor = copy.deepcopy(net), min(1, trained / sigma)
+    with torch.no_grad():
+        net.conv[0].weight.mul_(factor)
+        net.conv[-1].weight.div_(factor)
+        net.conv[-1].bias.div_(factor)
+    return net
 
 
 def self_ensemble(net):
@@ -775,47 +843,156 @@ def self_ensemble(net):
     return denoise
 
 
-def denoise_file(net, source, target, tile=320):
+def noise_level(image):
+    """An estimate of the standard deviation of white noise on the scale 0..255, as a number.
+
+    From the wavelet coefficients of the finest scale (`skimage.restoration.estimate_sigma`) of the
+    middle of an ``image`` (channels, height, width), at most 1024x1024 pixels. Fine texture counts as
+    noise; noise that was clipped, or is smooth itself, is underestimated.
+    """
+    from skimage.restoration import estimate_sigma
+
+    top, left = (max(0, (n - 1024) // 2) for n in image.shape[1:])
+    middle = to_floats(image[:, top:top + 1024, left:left + 1024]).numpy() * 127.5
+    with warnings.catch_warnings():  # of an image of a few pixels, on which there is nothing to estimate
+        warnings.simplefilter('ignore')
+        return float(np.nan_to_num(estimate_sigma(middle, channel_axis=0, average_sigmas=True)))
+
+
+def denoise_file(net, source, target, *, strength=1.0, precision=torch.float32, force=False):
     """Denoises an image file at full size, see `denoise_image`, and writes it to ``target``.
 
-    Cameras' rotation marks (EXIF) are applied. 16-bit files are read in full depth; the result has 8
-    bits. Transparency is kept as it is, palettes become colours. Grey images stay grey: they go through
-    the network as three equal channels, which it was not trained for.
+    What is read and what is kept: see `read_image` and `write_image`. Returns the `noise_level` of the
+    file before and after. ``target`` appears whole or not at all.
 
-    Raises ValueError if ``source`` can't be read or ``target`` is the same file.
+    Raises ValueError if ``source`` can't be read as an image, or ``target`` not written in the format
+    that its name says; FileExistsError if there is such a file, unless ``force`` is true.
     """
     source, target = Path(source), Path(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f'{target} is the file to read: choose another name for the result')
-    pixels, alpha, grey = open_image(source)
-    denoised = denoise_image(net, pixels, tile)
-    values = ((denoised + 1) * 127.5).round_().clamp_(0, 255).byte().permute(1, 2, 0).numpy()
-    result = Image.fromarray(values)
-    if grey:
-        result = result.convert('L')
-    if alpha is not None and target.suffix.lower() not in ('.jpg', '.jpeg'):
-        result.putalpha(alpha)
-    result.save(target)
+    if target.exists() and not force:
+        raise FileExistsError(f'{target} exists already: choose another name for the result, or force it to be replaced')
+    image = read_image(source)
+    _check_target(image, target)
+    before = noise_level(image.pixels)
+    image.pixels = denoise_image(net, image.pixels, strength=strength, precision=precision)
+    write_image(image, target)
+    return before, noise_level(image.pixels)
 
 
-def open_image(file):
-    """An image file of any kind, for `denoise_image`: a tensor (3, height, width) in [-1, 1], its alpha
-    channel (a PIL image, or None), and whether it is grey. Raises ValueError if it can't be read."""
+@dataclasses.dataclass
+class ImageFile:
+    """What an image file holds, see `read_image` and `write_image`."""
+    pixels: torch.Tensor  # (1 or 3, height, width) of uint8 or uint16
+    alpha: Image.Image | None = None  # its transparency, 8 bits
+    exif: bytes = b''
+    icc_profile: bytes | None = None
+
+
+def read_image(file):
+    """Reads an image file of any kind that Pillow knows: an `ImageFile`.
+
+    A camera's rotation mark (EXIF) is applied, and left out of the EXIF of the result. Palettes, CMYK
+    and other models of colour become RGB. 16 bits are kept in grey files and in TIFF; of other colours
+    of 16 bits Pillow reads 8, and a warning says so.
+
+    Raises ValueError, naming the file and why, if it can't be read as one still image.
+    """
+    if Path(file).is_dir():
+        raise ValueError(f'{file} is a folder: name the image files in it')
     try:
         with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError) as error:
+            frames = 1 if image.format == 'MPO' else getattr(image, 'n_frames', 1)  # MPO: a camera's, with previews
+            if frames > 1:
+                raise ValueError(f'{file} has {frames} frames or pages: save the one to denoise as a file of its own')
+            deep = image.mode in ('RGB', 'RGBA') and ';16' in str(image.tile)
+            deep_tiff = deep and image.format == 'TIFF' and image.mode == 'RGB' and not image.getexif().get(ORIENTATION, 1) > 1
+            ImageOps.exif_transpose(image, in_place=True)
+            exif = image.getexif()
+            for tag in [tag for tag in exif if tag < 700 and tag not in DESCRIPTIVE or tag == ICC_PROFILE]:
+                del exif[tag]
+            result = ImageFile(None, exif=exif.tobytes())
+            result.icc_profile = image.info.get('icc_profile') if image.mode != 'CMYK' else None  # it will be RGB
+            if deep_tiff:
+                result.pixels = _pixels(tifffile.imread(file))
+                return result
+    except FileNotFoundError:
+        raise ValueError(f'there is no file {file}') from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f'{file} is not a readable image ({error})') from error
-    alpha = None
-    if image.has_transparency_data:
-        image = image.convert('LA' if image.mode in ('L', 'LA') else 'RGBA')
-        alpha = image.getchannel('A')
-    grey = image.mode[0] in 'L1IF'
-    if image.mode[0] == 'I':  # 16 bits of grey, which PIL would cut off at 255
-        values = torch.from_numpy(np.array(image).astype(np.float32))[None].expand(3, -1, -1)
-        return values / 32767.5 - 1, alpha, grey
-    values = torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
-    return values.float().div_(127.5).sub_(1), alpha, grey
+    if deep:
+        warnings.warn(f'{file} has colours of 16 bits, of which 8 were read: TIFF that is upright and opaque keeps them', stacklevel=2)
+    if image.mode == 'F' or image.mode == 'I' and not all(0 <= value <= 65535 for value in image.getextrema()):
+        raise ValueError(f'{file} has values of 32 bits, whose range is unknown: save it with 8 or 16 bits')
+    if image.mode[0] != 'I' and image.has_transparency_data:
+        result.alpha = image.convert('RGBA').getchannel('A')
+    if image.mode[0] != 'I':
+        image = image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB')
+    result.pixels = _pixels(np.array(image))
+    return result
+
+
+def write_image(image, target):
+    """Writes an `ImageFile` in the format that the suffix of ``target`` says: all of it or nothing.
+
+    Lossy formats at a quality of 95. 16 bits where the format has them, which is PNG and TIFF for grey
+    and TIFF for colours (with the texts of the EXIF); elsewhere 8 bits. Raises OSError, of Pillow, for
+    what the format can't hold, such as transparency in JPEG.
+    """
+    target, pixels = Path(target), image.pixels
+    kind = Image.registered_extensions()[target.suffix.lower()]
+    deep = pixels.dtype == torch.uint16 and not image.alpha and (kind == 'TIFF' or kind == 'PNG' and len(pixels) == 1)
+    if pixels.dtype == torch.uint16 and not deep:
+        pixels = torch.cat([to_integers(to_floats(rows)) for rows in pixels.split(64, 1)], 1)
+    values = pixels.permute(1, 2, 0).numpy()
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix='.denoised-') as folder:
+        file = Path(folder) / target.name
+        if deep and len(pixels) == 3:
+            exif = Image.Exif()
+            exif.load(image.exif)
+            texts = [(tag, 's', 0, text, True) for tag, text in exif.items() if isinstance(text, str)]
+            tifffile.imwrite(file, values, photometric='rgb', iccprofile=image.icc_profile, software=False,
+                             metadata=None, extratags=texts)
+        else:
+            picture = Image.fromarray(values.squeeze(2) if len(pixels) == 1 else values)
+            if image.alpha:
+                picture.putalpha(image.alpha)
+            picture.save(file, kind, **_options(image, kind))
+        os.replace(file, target)
+
+
+# The TIFF tags (as EXIF has them) that tell about the photograph; others tell how its pixels are stored.
+DESCRIPTIVE = {ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software,
+               ExifTags.Base.XResolution, ExifTags.Base.YResolution, ExifTags.Base.ResolutionUnit,
+               ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.HostComputer}
+ORIENTATION, ICC_PROFILE = ExifTags.Base.Orientation, ExifTags.Base.InterColorProfile
+
+
+def _pixels(values):
+    """An array (height, width) or (height, width, 3) of integers as a tensor (1 or 3, height, width)."""
+    values = values if values.dtype == np.uint8 else values.astype(np.uint16)
+    return torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1)
+
+
+def _options(image, kind):
+    """The options of `PIL.Image.Image.save` for an `ImageFile`."""
+    return {'exif': image.exif, 'icc_profile': image.icc_profile, 'quality': 95} | (
+        {'subsampling': 0} if kind == 'JPEG' else {})
+
+
+def _check_target(image, target):
+    """Raises ValueError if an `ImageFile` can't be written to ``target``: before the work, not after it."""
+    kind = Image.registered_extensions().get(target.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f'{target} must have the suffix of an image format, such as .png or .jpg')
+    if not target.parent.is_dir():
+        raise ValueError(f'there is no folder {target.parent} to write {target.name} into')
+    mode = ('L', 'RGB')[len(image.pixels) == 3] + 'A' * (image.alpha is not None)
+    try:
+        Image.new(mode, (1, 1)).save(io.BytesIO(), kind, **_options(image, kind))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{target} can\'t hold this image ({error}): choose another format, such as .png') from error
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -832,7 +1009,7 @@ def benchmark_pairs(root_dir, sigma=30, size=320, seed=123, mode='test', subset=
         top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
         clean = image[None, :, top:top + size, left:left + size].float() / 127.5 - 1
         noisy = clean + 2 * sigma / 255 * torch.randn(clean.shape, generator=random)
-        yield as_8_bits(noisy).float() / 127.5 - 1 if clip else noisy, clean
+        yield to_floats(to_integers(noisy)) if clip else noisy, clean
 
 
 def benchmark(denoise, pairs):
@@ -890,6 +1067,35 @@ def read_scores(file, which):
                 by_seed = by_network.setdefault(row['network'], {})
                 by_seed.setdefault(row['seed'], []).append(float(row['psnr']))
     return {network: np.array(list(by_seed.values())) for network, by_seed in by_network.items()}
+
+
+LEVELS = (3, 5, 10, 15, 25, 30, 50)
+# PSNR (dB) of FFDNet for colour, told the level, on the same noisy images (100 test photographs, see
+# `benchmark_pairs`), with its authors' weights; measured elsewhere for this project. By set of scores.
+FFDNET = {'sigma 10': 35.83, 'sigma 15': 33.53, 'sigma 25': 30.82, 'sigma 30': 29.92, 'sigma 50': 27.54,
+          'sigma 10, 8 bits': 35.68, 'sigma 15, 8 bits': 33.28, 'sigma 25, 8 bits': 30.30, 'sigma 50, 8 bits': 25.96}
+FFDNET_CLIP = {'sigma 10, 8 bits': 35.82, 'sigma 15, 8 bits': 33.53, 'sigma 25, 8 bits': 30.84, 'sigma 50, 8 bits': 27.55}
+
+
+def score_levels(name, root_dir):
+    """The PSNR on the test photographs at all `LEVELS`, not clipped and as 8-bit files: rows of `COLUMNS`.
+
+    ``name`` is that of a trained network, ``'noisy'`` for none, or ``'dudncnn_scaled'`` for DUDnCNN made
+    fit for each level above 30 by `for_level`.
+    """
+    rows = []
+    for sigma, clip in itertools.product(LEVELS, (False, True)):
+        if name == 'noisy':
+            denoise = torch.clone
+        elif name == 'dudncnn_scaled' and sigma <= 30:
+            continue
+        else:
+            denoise = fold_batch_norm(load_network(name.removesuffix('_scaled'))[0])
+            denoise = for_level(denoise, sigma) if name.endswith('_scaled') else denoise
+        with torch.inference_mode():
+            values = [psnr(denoise(noisy), clean).item() for noisy, clean in benchmark_pairs(root_dir, sigma, clip=clip)]
+        rows += scores_as_rows(name, 0, f'sigma {sigma}' + ', 8 bits' * clip, values)
+    return rows
 
 
 def over_photographs(difference):
@@ -1047,6 +1253,23 @@ def evaluate(args):
               f'{seconds.mean():.2f} |', flush=True)
 
 
+def levels(args):
+    """Prints the PSNR by level of noise, not clipped and in 8-bit files, beside FFDNet's; --retest measures it."""
+    if args.retest:
+        for name in args.nets:
+            write_scores(args.scores, score_levels(name, find_photographs(args.data)))
+    for noise in ('', ', 8 bits'):
+        sets = [f'sigma {sigma}{noise}' for sigma in LEVELS]
+        scores = [{net: values.mean() for net, values in read_scores(args.scores, which).items()} for which in sets]
+        for row, which in zip(scores, sets):
+            row |= {name: values[which] for name, values in (('FFDNet', FFDNET), ('FFDNet-Clip', FFDNET_CLIP)) if which in values}
+        print('| PSNR (dB), ' + ('clipped to 8 bits' if noise else 'not clipped') + ''.join(f' | σ = {sigma}' for sigma in LEVELS) + ' |')
+        print('|---' * (len(LEVELS) + 1) + '|')
+        for name in dict.fromkeys(name for row in scores for name in row):
+            print(f'| {name} | ' + ' | '.join(f'{row[name]:.2f}' if name in row else '' for row in scores) + ' |')
+        print()
+
+
 def bm3d(args):
     """Scores BM3D on the test photographs, for comparison (needs `pip install bm3d`; a quarter of an hour)."""
     import bm3d as package
@@ -1062,14 +1285,44 @@ def bm3d(args):
 
 
 def denoise(args):
-    """Denoises one image file."""
-    denoise_file(load_network(args.net)[0].to(nt.find_device()), args.source, args.target)
+    """Denoises image files: IN OUT, or IN... --to FOLDER."""
+    pairs = name_results(args)
+    net = load_network(args.net)[0].to(nt.find_device(), memory_format=torch.channels_last)
+    net = for_level(net, args.sigma) if args.sigma else net
+    failed = 0
+    for source, target in pairs:
+        try:
+            before, after = denoise_file(net, source, target, strength=args.strength, force=args.force,
+                                         precision=half_precision(net.device))
+            print(f'{target}: noise level {before:.1f} before, {after:.1f} after (estimated, of 255)', flush=True)
+        except (OSError, ValueError) as error:
+            failed += 1
+            print(error, file=sys.stderr)
+    if failed:
+        raise SystemExit(f'{failed} of {len(pairs)} files could not be denoised')
+
+
+def name_results(args):
+    """The files to read and to write of the command ``denoise``: a list of pairs. Raises ValueError."""
+    if args.sigma is not None and (args.net.endswith('_blind') or not args.sigma > 0):
+        raise ValueError('--sigma is for networks of one level, and above 0: dudncnn_blind finds the level itself')
+    if not 0 <= args.strength <= 1:
+        raise ValueError(f'--strength must be from 0 to 1, got {args.strength}')
+    if args.to is None:
+        if len(args.files) != 2:
+            raise ValueError('name two files, IN OUT, or several and a folder: IN... --to FOLDER')
+        return [args.files]
+    args.to.mkdir(parents=True, exist_ok=True)
+    targets = [args.to / file.name for file in args.files]
+    if len(set(targets)) < len(targets):
+        raise ValueError(f'two of these files have the same name: their results can\'t both be in {args.to}')
+    return list(zip(args.files, targets))
 
 
 def parse(words=None):
     """The options of the command line. Each command's are explained by ``COMMAND --help``."""
     parser = argparse.ArgumentParser(prog='denoising_utils', description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(required=True, metavar='train | ablation | evaluate | bm3d | denoise | fetch')
+    commands = parser.add_subparsers(required=True, metavar='train | ablation | evaluate | levels | bm3d | denoise | fetch')
 
     def command(function, **options):
         sub = commands.add_parser(function.__name__, help=function.__doc__.split('\n')[0],
@@ -1119,14 +1372,23 @@ def parse(words=None):
     add('--sigma', type=float, default=30, help='noise level, 0..255')
     add('--scores', help='also keep the PSNR of each photograph and seed in this file (CSV)')
     add('--self-ensemble', action='store_true', help='mean over the eight flips and quarter turns of each image')
+    add = command(levels)
+    add('--retest', action='store_true', help='measure again (half an hour), or print the stored scores')
+    add('--nets', nargs='+', default=['noisy', *NETWORKS, 'dudncnn_scaled', 'dudncnn_blind'], help='what to measure')
+    add('--scores', default=HERE / 'checkpoints' / 'levels.csv', help='file of the scores')
+    add('--data', help='folder with train/ and test/ (default: see find_photographs)')
     add = command(bm3d)
     add('--data', help='folder with train/ and test/ (default: see find_photographs)')
     add('--sigma', type=float, default=30, help='noise level, 0..255')
     add('--scores', default=HERE / 'checkpoints' / 'scores.csv', help='file of the scores')
     add = command(denoise)
-    add('source', help='image file to read')
-    add('target', help='image file to write')
-    add('--net', choices=NETWORKS, default='dudncnn', help='which network')
+    add('files', nargs='+', type=Path, metavar='FILE', help='image file to read and image file to write (IN OUT), '
+        'or with --to any number of files to read')
+    add('--to', type=Path, metavar='FOLDER', help='folder for the results, which have the names of the files')
+    add('--net', choices=[*NETWORKS, 'dudncnn_blind'], default='dudncnn_blind', help='which network')
+    add('--sigma', type=float, help='the level of the noise, for networks that were trained on one (30)')
+    add('--strength', type=float, default=1, help='0 leaves the image as it is, between 0 and 1 is a blend')
+    add('--force', action='store_true', help='replace files that exist')
     add = command(fetch)
     add('--destination', help='folder (default: BSDS300/ beside this file)')
     return parser.parse_args(words)

@@ -3,9 +3,6 @@
     make benchmark                      # minutes; leave the machine alone meanwhile
     python tests/benchmark.py --quick   # seconds: only shows that it runs
 
-With `make`, memory that was freed is kept (see the Makefile, and the last table); without it, two runs
-of the same loop can differ by several per cent.
-
 Each comparison alternates between its two sides and takes the median of each, so that a machine that
 gets slower meanwhile slows both. Needs the photographs (environment variable BSDS300, or it fetches).
 """
@@ -27,7 +24,6 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data as td
 from PIL import Image
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import denoising_utils as du  # noqa: E402
@@ -226,15 +222,6 @@ def train_step(net, x, d, precision=None):
     return step
 
 
-def fold(net):
-    """A copy for inference in which each batch norm is part of the convolution before it."""
-    net = copy.deepcopy(net).eval()
-    for k in range(net.D):
-        net.conv[k + 1] = fuse_conv_bn_eval(net.conv[k + 1], net.bn[k])
-        net.bn[k] = torch.nn.Identity()
-    return net
-
-
 @contextlib.contextmanager
 def threads(n):
     before = torch.get_num_threads()
@@ -277,7 +264,7 @@ def arithmetic(args, root):
     x = torch.randn(1, 3, 321, 481)
     for name in du.NETWORKS:
         net = du.make_network(name).eval()
-        folded = fold(net)
+        folded = du.fold_batch_norm(net)
         lasts = [copy.deepcopy(n).to(memory_format=last) for n in (net, folded)]
         xl = x.to(memory_format=last)
 
@@ -294,9 +281,9 @@ def arithmetic(args, root):
             row(f'  {name}(6), {label}', f'{1e3 * t:.1f}', '', '', f'{times[0] / t:.2f} x')
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- memory and photographs -----------------------------------------------------------------------
 
-KEEP = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '4294967296'}  # as in the Makefile
+GIVEN_BACK = {'MALLOC_PERTURB_': '0'}  # changes nothing but that denoising_utils leaves glibc alone
 TIMES = """
 import sys, torch, benchmark as b
 x, repeats = torch.randn(4, 3, int(sys.argv[1]), int(sys.argv[1])), int(sys.argv[2])
@@ -310,16 +297,20 @@ for name in b.du.NETWORKS:
 """
 
 
+def python(program, *words, settings=None):
+    """What a program of its own printed, with these settings in its environment and no other MALLOC_."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith('MALLOC_')} | (settings or {})
+    return subprocess.run([sys.executable, '-c', program, *map(str, words)], check=True, text=True,
+                          cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE).stdout
+
+
 def memory(args, root):
     """The C library may give memory back to the system after each layer, or keep it for the next."""
     def times(settings):
-        environment = {name: value for name, value in os.environ.items() if name not in KEEP} | settings
-        done = subprocess.run([sys.executable, '-c', TIMES, str(args.size), str(args.repeats)], check=True, text=True,
-                              cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE)
-        return [float(line) for line in done.stdout.split()]
+        return [float(line) for line in python(TIMES, args.size, args.repeats, settings=settings).split()]
 
     row('Memory that was freed (glibc)', 'given back', 'kept', 'speed-up')
-    runs = [times(settings) for settings in ({}, KEEP, KEEP, {})]  # in this order, against a drift
+    runs = [times(settings) for settings in (GIVEN_BACK, {}, {}, GIVEN_BACK)]  # in this order, against a drift
     given, kept = np.mean([runs[0], runs[3]], 0), np.mean([runs[1], runs[2]], 0)
     what = [f'{name}(6), {kind}' for name in du.NETWORKS
             for kind in (f'step on 4 crops of {args.size}x{args.size}', 'photograph of 481x321')]
@@ -327,7 +318,69 @@ def memory(args, root):
         row(f'  {label}', f'{1e3 * a:.0f} ms', f'{1e3 * b:.0f} ms', f'{a / b:.2f} x')
 
 
-PARTS = {'loop': loop, 'data': data, 'evaluation': evaluation, 'arithmetic': arithmetic, 'memory': memory}
+class FFDNet(du.NNRegressor):
+    """The layers of the FFDNet for colour, with random weights: 12 convolutions with 96 features at half
+    the resolution, and the level as one more channel (Zhang et al., "FFDNet", IEEE TIP 2018)."""
+    pooling_cell, receptive_field = 2, 50
+
+    def __init__(self):
+        super().__init__()
+        widths = [4 * 3 + 1] + 11 * [96] + [4 * 3]
+        self.conv = torch.nn.ModuleList(torch.nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        h = F.pixel_unshuffle(F.pad(x, (0, width % 2, 0, height % 2), mode='replicate'), 2)
+        h = torch.cat([h, torch.full_like(h[:, :1], 30 / 255)], 1)
+        for conv in self.conv[:-1]:
+            h = F.relu(conv(h), inplace=True)
+        return F.pixel_shuffle(self.conv[-1](h), 2)[..., :height, :width]
+
+
+PEAK = """
+import resource, sys, torch, benchmark as b
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != 'darwin' else 2 ** 20)
+net = b.du.load_network('dudncnn_blind')[0]
+def denoise(source):
+    b.du.denoise_file(net, source, sys.argv[3], precision=getattr(torch, sys.argv[4]), force=True)
+denoise(sys.argv[1])
+before = peak()
+denoise(sys.argv[2])
+print(peak() - before)
+"""
+
+
+def photograph(args, root):
+    """Seconds a megapixel of the denoiser of photographs, beside FFDNet's layers, and its memory."""
+    image = torch.randint(256, (3, 400, 500) if args.quick else (3, 1000, 1500), dtype=torch.uint8)
+    megapixels = image[0].numel() / 1e6
+    blind, ffdnet = du.load_network('dudncnn_blind')[0], FFDNet().eval()
+    precisions = sorted({torch.float32, du.half_precision(torch.device('cpu'))}, key=str, reverse=True)
+    row(f'Seconds a megapixel ({megapixels:.1f} megapixels)', 'FFDNet', 'DUDnCNN', 'speed-up')
+    for n in sorted({1, torch.get_num_threads()}):
+        for precision in precisions:
+            for tile, label in ((192, 'in tiles of 192x192'), (10 ** 6, 'whole')):
+                with threads(n):
+                    a, b = seconds(*(functools.partial(du.denoise_image, net, image, tile, precision=precision)
+                                     for net in (ffdnet, blind)), repeats=min(args.repeats, 3))
+                row(f'  {label}, {n} threads, {str(precision)[6:]}', f'{a / megapixels:.2f}', f'{b / megapixels:.2f}',
+                    f'{a / b:.2f} x')
+
+    row('Memory beside the result', 'megapixels', 'MB')
+    size = (600, 400) if args.quick else (6000, 4000)
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f'{folder}/{name}.jpg' for name in ('small', 'large', 'result')]
+        for name, pixels in zip(names, ((60, 40), size)):
+            Image.effect_noise(pixels, 50).convert('RGB').save(name)
+        for precision in precisions:
+            result = 3 * size[0] * size[1] / 2 ** 20
+            used = float(python(PEAK, *names, str(precision)[6:])) - result
+            row(f'  denoise_file, {str(precision)[6:]}', f'{size[0] * size[1] / 1e6:.0f}', f'{used:.0f}')
+
+
+PARTS = {'loop': loop, 'data': data, 'evaluation': evaluation, 'arithmetic': arithmetic, 'memory': memory,
+         'photograph': photograph}
 
 
 def main():
@@ -341,8 +394,7 @@ def main():
     args.repeats = args.repeats or (1 if args.quick else 9)
     root = du.find_photographs() if {'data', 'evaluation'} & set(args.only) else None
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, '
-          f'median of {args.repeats}, freed memory is '
-          + ('kept' if KEEP.items() <= os.environ.items() else 'given back'))
+          f'median of {args.repeats}')
     for part in args.only:
         print()
         PARTS[part](args, root)

@@ -117,6 +117,51 @@ def test_augmentation_gives_all_eight_flips_and_turns(folder):
     assert len(seen) == 8 * 17  # every row that the crop can start at
 
 
+@pytest.mark.parametrize('mode, seed', [('train', None), ('train', 3), ('test', None)])
+def test_levels_of_a_range(folder, mode, seed):
+    """Each sample has a level of its own, uniform between the two; where it is seeded, always the same."""
+    data = du.NoisyBSDSDataset(folder, mode, (48, 48), sigma=(10, 50), seed=seed, crops=80)
+    torch.manual_seed(0)
+    noises = [noisy - clean for noisy, clean in data]
+    levels = np.array([noise.std().item() * 127.5 for noise in noises])
+    assert 9 < levels.min() < 13 and 47 < levels.max() < 53 and abs(levels.mean() - 30) < 3
+    again = data[7][0] - data[7][1]
+    assert torch.equal(again, noises[7]) == (mode == 'test' or seed is not None)
+    assert 'sigma=(10, 50)' in repr(data)
+
+
+@pytest.mark.parametrize('clip', [0, 0.5, True])
+def test_a_share_of_the_samples_is_as_8_bit_files_have_them(folder, clip):
+    data = du.NoisyBSDSDataset(folder, 'test', (48, 48), sigma=50, crops=60, clip=clip)
+    values = [(noisy + 1) * 127.5 for noisy, _ in data]
+    clipped = [(v.min() >= 0 and v.max() <= 255 and (v - v.round()).abs().max() < 1e-3).item() for v in values]
+    assert np.mean(clipped) == pytest.approx(float(clip), abs=0.1 * (clip == 0.5))
+    if clip is True:
+        noisy, clean = data[4]
+        unclipped = du.NoisyBSDSDataset(folder, 'test', (48, 48), sigma=50, crops=60)[4][0]
+        torch.testing.assert_close(noisy, unclipped.clamp(-1, 1), atol=1.01 / 255, rtol=0)
+
+
+def test_jitter_changes_size_and_colours_of_half_of_the_samples(folder):
+    colours = np.zeros((64, 48, 3), np.uint8) + np.array([200, 120, 40], np.uint8)
+    colours[::2] //= 2  # stripes, which a reduction in size blurs
+    Image.fromarray(colours).save(folder / 'train' / '0.png')
+    data = du.NoisyBSDSDataset(folder, 'train', (24, 16), sigma=20, seed=0, subset=[0], crops=400, jitter=True)
+    pairs = [data[k] for k in range(400)]
+    unchanged = [torch.equal(clean.unique(), torch.from_numpy(colours).unique() / 127.5 - 1) for _, clean in pairs]
+    assert np.mean(unchanged) == pytest.approx(0.5, abs=0.08)
+    changed = [pair for pair, same in zip(pairs, unchanged) if not same]
+    grey = [(noisy, clean) for noisy, clean in changed if torch.allclose(clean[0], clean[1], atol=1e-4)
+            and torch.allclose(clean[0], clean[2], atol=1e-4)]
+    assert 0.15 < len(grey) / len(changed) < 0.35
+    assert all(torch.allclose(noisy[0], noisy[2], atol=1e-4) for noisy, _ in grey)
+    assert all(clean.shape == (3, 24, 16) and clean.abs().max() <= 1 for _, clean in changed)
+    assert {int(clean.mean((1, 2)).argmax()) for _, clean in changed} == {0, 1, 2}
+    stripes = [clean.std(1).mean() / clean.std() for _, clean in changed]
+    assert min(stripes) < 0.5 * max(stripes)
+    assert 'jitter=True' in repr(data)
+
+
 def test_cache_off_gives_the_same_items(folder):
     on, off = (du.NoisyBSDSDataset(folder, 'test', (32, 32), cache=cache) for cache in (True, False))
     assert off.images is None
@@ -138,7 +183,10 @@ def test_files_are_sorted_and_crops_repeat_them(folder):
 
 @pytest.mark.parametrize('options, error, words', [
     (dict(mode='validation'), ValueError, "'train' or 'test', got 'validation'"),
-    (dict(sigma=-1), ValueError, 'sigma must be 0 or more, got -1'),
+    (dict(sigma=-1), ValueError, 'sigma must be 0 or more, or a pair (lowest, highest), got -1'),
+    (dict(sigma=(30, 10)), ValueError, 'got (30, 10)'),
+    (dict(sigma=(0, 10, 20)), ValueError, 'got (0, 10, 20)'),
+    (dict(clip=1.5), ValueError, 'clip must be a share of the samples, 0 to 1, got 1.5'),
     (dict(sigma=math.nan), ValueError, 'sigma'),
     (dict(image_size=(65, 32)), ValueError, '1.png has 48x64 pixels, less than image_size 65x32'),
     (dict(image_size=(0, 5)), ValueError, 'image_size must be (height, width)'),
@@ -460,15 +508,26 @@ def test_initialisation_options():
     course = du.DnCNN(2, C=16, batch_norm='course')
     assert course.bn[0].eps == 16 and course.bn[0].weight[0] == 5
     assert du.DnCNN(2, C=16, batch_norm='course', he_init=False).bn[0].weight[0] == 1
+    assert not any('bn' in name for name in du.DnCNN(2, batch_norm='none').state_dict())
     x = torch.randn(1, 3, 9, 9)
     assert torch.equal(du.DUDnCNN(6, zero_last=True)(x), x)
+
+
+@pytest.mark.parametrize('make', NETS)
+def test_a_folded_batch_norm_changes_nothing(make):
+    torch.manual_seed(0)
+    net, x = make(4, C=4), torch.randn(2, 3, 16, 12)
+    net(10 * x)  # statistics
+    folded = du.fold_batch_norm(net)
+    torch.testing.assert_close(folded(x), net.eval()(x))
+    assert not any('bn' in name for name in folded.state_dict())
 
 
 @pytest.mark.parametrize('make, words', [
     (lambda: du.DnCNN(-1), 'D must be a whole number, 0 or more, got -1'),
     (lambda: du.DnCNN(2.5), 'got 2.5'),
     (lambda: du.DnCNN(2, C=0), 'C must be'),
-    (lambda: du.DnCNN(2, batch_norm='none'), "'usual' or 'course', got 'none'"),
+    (lambda: du.DnCNN(2, batch_norm='batch'), "'usual', 'course' or 'none', got 'batch'"),
     (lambda: du.UDnCNN(0), 'D must be an even number, 2 or more, got 0'),
     (lambda: du.UDnCNN(3), 'got 3'),
     (lambda: du.DUDnCNN(5), 'got 5'),
@@ -535,41 +594,6 @@ def test_tiles_leave_no_trace(make, height, width, tile):
     with torch.no_grad():
         whole = net(image[None])[0]
     torch.testing.assert_close(du.denoise_image(net, image, tile), whole, atol=2e-5, rtol=0)
-
-
-def test_kinds_of_files(tmp_path):
-    net = du.DnCNN(0, C=2, zero_last=True)  # the identity, so that the pixels can be followed
-    ramp = np.arange(20 * 30).reshape(20, 30)
-    colours = np.stack([ramp % 256, ramp % 200, ramp % 99], 2).astype(np.uint8)
-    rgb = Image.fromarray(colours)
-    alpha = Image.fromarray((ramp % 251).astype(np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    transparent = rgb.copy()
-    transparent.putalpha(alpha)
-    cases = {'rgb.png': (rgb, 'RGB'), 'grey.png': (Image.fromarray(colours[..., 0]), 'L'),
-             'palette.png': (rgb.quantize(16), 'RGB'), 'alpha.png': (transparent, 'RGBA'),
-             'deep.png': (Image.fromarray((ramp * 109).astype(np.uint16)), 'L')}
-    for name, (image, mode) in cases.items():
-        image.save(tmp_path / name)
-        du.denoise_file(net, tmp_path / name, tmp_path / f'out-{name}')
-        with Image.open(tmp_path / f'out-{name}') as result:
-            assert (result.size, result.mode) == ((30, 20), mode), name
-            if name == 'deep.png':
-                assert np.abs(np.array(result) - ramp * 109 / 257).max() <= 1
-            elif mode == image.mode:
-                assert np.array_equal(np.array(result), np.array(image)), name
-            else:
-                assert np.array_equal(np.array(result), np.array(image.convert(mode))), name
-    rgb.save(tmp_path / 'turned.jpg', exif=exif)
-    du.denoise_file(net, tmp_path / 'turned.jpg', tmp_path / 'upright.png')
-    with Image.open(tmp_path / 'upright.png') as result:
-        assert result.size == (20, 30)
-    with pytest.raises(ValueError, match='is the file to read'):
-        du.denoise_file(net, tmp_path / 'rgb.png', tmp_path / 'rgb.png')
-    (tmp_path / 'text.png').write_text('hello')
-    with pytest.raises(ValueError, match='text.png is not a readable image'):
-        du.denoise_file(net, tmp_path / 'text.png', tmp_path / 'out.png')
 
 
 def test_memory_is_bounded():
@@ -649,7 +673,7 @@ def test_evaluate_and_denoise_commands(folder, tmp_path, capsys, monkeypatch):
     assert 'NOT BSDS300' in out
     assert f'| DnCNN(1), 1 epochs | {du.count_parameters(exp.net)} | 7 | {scores.mean():.2f} ± ' in out
     monkeypatch.setattr(du, 'HERE', tmp_path)
-    du.main(['denoise', str(folder / 'test' / '0.png'), str(tmp_path / 'out.png'), '--net', 'dncnn'])
+    du.main(['denoise', str(folder / 'test' / '0.png'), str(tmp_path / 'out.png'), '--net', 'dncnn', '--sigma', '50'])
     with Image.open(tmp_path / 'out.png') as image:
         assert image.size == (330, 340)
 
@@ -686,10 +710,28 @@ def test_intervals_are_those_of_students_t_tests():
     assert (mean - half, mean + half) == pytest.approx((low, high))
 
 
-@pytest.mark.parametrize('name', ['dncnn', 'udncnn', 'dudncnn', 'dncnn_course', 'dncnn_seed1'])
+def test_levels_command(folder, tmp_path, capsys, monkeypatch):
+    """The table by level of noise: measured into a file, and printed from it beside FFDNet's figures."""
+    for file in (folder / 'test').glob('*.png'):
+        Image.open(file).resize((330, 340)).save(file)
+    net = du.DUDnCNN(2, C=2, zero_last=True)  # the identity
+    monkeypatch.setattr(du, 'load_network', lambda name: (net, []))
+    words = ['levels', '--scores', str(tmp_path / 'levels.csv')]
+    du.main([*words, '--retest', '--data', str(folder), '--nets', 'noisy', 'dudncnn', 'dudncnn_scaled'])
+    measured = capsys.readouterr().out
+    du.main(words)
+    assert capsys.readouterr().out == measured
+    noisy, dudncnn, scaled = ([cell.strip() for cell in row.split('|')[2:-1]] for row in measured.splitlines()[2:5])
+    assert noisy == dudncnn and scaled == [*6 * [''], noisy[-1]]
+    assert float(noisy[5]) == pytest.approx(20 * math.log10(255 / 30), abs=0.05)
+    assert '| FFDNet |  |  | 35.83 | 33.53 | 30.82 | 29.92 | 27.54 |' in measured
+    assert '| FFDNet-Clip |' in measured.partition('clipped to 8 bits')[2]
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in (du.HERE / 'checkpoints').iterdir() if path.is_dir()))
 def test_committed_networks_denoise(name, photographs):
     """Far better than the noisy image, on four test photographs."""
     net, history = du.load_network(name)
-    assert len(history) >= 200 and isinstance(history[0][1]['PSNR'], float)
+    assert len(history) >= 75 and isinstance(history[0][1]['PSNR'], float)
     scores = du.benchmark(net, du.benchmark_pairs(photographs, size=200, subset=range(0, 100, 25)))
     assert scores['psnr'].mean() > 28.5
