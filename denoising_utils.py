@@ -1098,30 +1098,26 @@ def score_levels(name, root_dir):
     return rows
 
 
-def half_interval(standard_error, degrees):
-    """Half the width of a mean's 95 % interval, after Student's t with so many degrees of freedom."""
-    return stats.t.ppf(0.975, degrees) * standard_error
-
-
 def over_photographs(difference):
     """The mean of an array of paired differences, one a photograph, and half its 95 % interval: what
     other photographs of the same kind would give with the *same* trained networks."""
     error = difference.std(ddof=1) / math.sqrt(len(difference))
-    return difference.mean(), half_interval(error, len(difference) - 1)
+    return difference.mean(), stats.t.ppf(0.975, len(difference) - 1) * error
 
 
-def over_trainings(scores, first, second):
+def over_trainings(first, second):
     """The difference of the mean PSNR of two networks, and half its 95 % interval: what other seeds
-    would give on the *same* photographs.
+    would give on the *same* photographs. NaN for the interval if one of them was trained only once.
 
-    ``scores`` is that of `read_scores`. The variance between seeds is taken to be the same for all its
-    networks and estimated from all of them, as in an analysis of variance.
+    ``first`` and ``second`` are arrays (seeds, photographs), see `read_scores`; the variance between seeds
+    is taken to be the same for the two.
     """
-    means = {network: values.mean(axis=1) for network, values in scores.items()}
-    degrees = sum(len(values) - 1 for values in means.values())
-    variance = sum(((values - values.mean()) ** 2).sum() for values in means.values()) / degrees
-    error = math.sqrt(variance * (1 / len(means[first]) + 1 / len(means[second])))
-    return means[first].mean() - means[second].mean(), half_interval(error, degrees)
+    first, second = first.mean(axis=1), second.mean(axis=1)
+    half = math.nan
+    if min(len(first), len(second)) > 1:
+        low, high = stats.ttest_ind(first, second).confidence_interval()
+        half = (high - low) / 2
+    return first.mean() - second.mean(), half
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -1216,8 +1212,8 @@ def difference_in_words(scores, first, second):
     if first == second or second not in scores:
         return ''
     mean, photographs = over_photographs(scores[first].mean(axis=0) - scores[second].mean(axis=0))
-    trainings = over_trainings(scores, first, second)[1]
-    return f'{mean:+.2f} ± {photographs:.2f} (p) ± {trainings:.2f} (t)'
+    trainings = over_trainings(scores[first], scores[second])[1]
+    return f'{mean:+.2f} ± {photographs:.2f} (p)' + (f' ± {trainings:.2f} (t)' if trainings > 0 else ', one training')
 
 
 def train_arm(arm, seed, args):

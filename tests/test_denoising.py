@@ -701,9 +701,10 @@ def test_intervals_are_those_of_students_t_tests():
     random = np.random.default_rng(0)
     scores = {'a': random.normal(30, 2, (3, 50)), 'b': random.normal(30.1, 2, (4, 50))}
     a, b = (values.mean(axis=1) for values in scores.values())
-    mean, half = du.over_trainings(scores, 'a', 'b')
+    mean, half = du.over_trainings(scores['a'], scores['b'])
     low, high = stats.ttest_ind(a, b).confidence_interval()
     assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert math.isnan(du.over_trainings(scores['a'], scores['b'][:1])[1])
     mean, half = du.over_photographs(scores['a'][0] - scores['b'][0])
     low, high = stats.ttest_rel(scores['a'][0], scores['b'][0]).confidence_interval()
     assert (mean - half, mean + half) == pytest.approx((low, high))
