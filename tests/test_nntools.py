@@ -77,7 +77,7 @@ class Stats(nt.StatsManager):
 
 def make(folder, net=None, train=None, val=None, *, lr=0.01, optimizer=None, stats=None, scheduler=None, **options):
     """A small experiment, the same at each call."""
-    net = net or Net()
+    net = Net() if net is None else net  # a compiled network has a length
     optimizer = optimizer or torch.optim.Adam(net.parameters(), lr=lr)
     options = {'batch_size': 4, 'seed': 0, 'output_dir': str(folder)} | options
     return nt.Experiment(net, Data() if train is None else train, Data(7) if val is None else val,
