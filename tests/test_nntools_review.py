@@ -258,7 +258,7 @@ def build_two(folder, kind=nt.Experiment, seed=0, **options):
     torch.manual_seed(seed)
     net = Two()
     first = torch.optim.SGD([*net.body.parameters(), *net.head.parameters(), *net.unused.parameters(),
-                             *(net.second.parameters() if kind is SometimesUsed else ())], lr=0.1, momentum=0.9)
+                             *(net.second.parameters() if kind is SometimesUsed else ())], lr=0.1, momentum=0.9, weight_decay=0.1)
     also = {} if kind in (nt.Experiment, SometimesUsed) else {'second': torch.optim.SGD(
         [*net.second.parameters(), *(net.body.parameters() if kind is TwoLosses else ())], lr=0.1)}
     return kind(net, Data(24), Data(7), first, nt.StatsManager(), str(folder), 4, seed=0, also_save=also, **options)
@@ -349,6 +349,7 @@ def test_04_gradients_are_averaged_at_every_update(ranks, tmp_path, kind):
     one = build_two(tmp_path, kind, grad_clip=1.0)
     before = weights(one.net)
     one.run(3)
+    assert np.allclose(first[kind.__name__]['unused.weight'], before['unused.weight'], atol=0)  # weight decay leaves it alone
     if kind is not SometimesUsed:  # whose two halves are other functions than the whole
         assert all(np.allclose(first[kind.__name__][name], value, atol=1e-5) for name, value in one.net.state_dict().items())
     assert not np.allclose(first[kind.__name__]['body.weight'], before['body.weight'])
@@ -645,7 +646,7 @@ def test_14_persistent_workers_live_on(tmp_path, context):
 
     pids = set()
     loader = td.DataLoader(Pids(8), 4, num_workers=1, persistent_workers=True, multiprocessing_context=context)
-    with pytest.warns(UserWarning, match='persistent_workers.*not repeated by a resumed run'):
+    with pytest.warns(UserWarning, match='persistent_workers.*a resumed run does not repeat what they draw'):
         exp = make(tmp_path, train=loader, stats=Watch())
     exp.run(3)
     assert len(pids) == 1 and pids != {os.getpid()}
