@@ -267,6 +267,8 @@ class Experiment:
         not finite raise FloatingPointError, which names epoch and batch.
         """
         _check_whole('num_epochs', num_epochs, 0)
+        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
+            raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
         callback, mode = callback or plot, self.net.training
         lock = _locked(self.checkpoint_path) if self.epoch < num_epochs else contextlib.nullcontext()
         with lock, torch.no_grad(), _progress_bar(self.train_loader) as bar:
@@ -381,8 +383,6 @@ class Experiment:
 
     def _begin(self, num_epochs):
         """Starts from a whole state, and remembers it."""
-        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
-            raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
         if self._state is not None:  # a run was left, and interrupted again on its way back
             self._take(self._state)
         self.seed = _stored_seed(self, {}) if self.seed is None else self.seed
@@ -483,6 +483,11 @@ class Experiment:
         return len(self.history)
 
     @readable
+    def seconds(self):
+        """How long each epoch took, a list."""
+        return list(self._seconds)
+
+    @readable
     def best(self):
         """(epoch, value) at which the statistic ``best_by`` (by default the loss) was best, the first
         epoch being 1; (0, nan) before it. Values that are NaN don't count."""
@@ -517,6 +522,7 @@ class Experiment:
         """Takes over a state that `state_dict` returned, or one of the original helper. Raises
         ValueError, and leaves everything as it was, if it doesn't fit network or optimizer."""
         _check_fit(self, checkpoint)
+        history = [_kept(entry) for entry in checkpoint['History']]
         items = {name: item for name, item in _also(self).items() if name in checkpoint}
         before = copy.deepcopy({name: item.state_dict() for name, item in items.items()})
         try:
@@ -527,7 +533,7 @@ class Experiment:
         _unwrapped(self.net).load_state_dict(checkpoint['Net'])
         if 'Optimizer' in checkpoint:
             self.optimizer.load_state_dict(copy.deepcopy(checkpoint['Optimizer']))
-        self.history = [_kept(entry) for entry in checkpoint['History']]
+        self.history = history
         self._seconds = list(checkpoint.get('Seconds', [math.nan] * self.epoch))
 
     def save(self, path=None):
@@ -599,9 +605,13 @@ def _check_arguments(exp):
     for name, least in (('batch_size', 1), ('batches_per_step', 1), ('num_workers', 0), ('save_every', 1), ('seed', 0)):
         if getattr(exp, name) is not None:
             _check_whole(name, getattr(exp, name), least)
+    if isinstance(exp.optimizer, torch.optim.LBFGS):
+        raise TypeError('LBFGS needs a closure at each step, which update does not give: take another optimizer')
     own, trained = (set(map(id, parameters)) for parameters in (nn.Module.parameters(exp.net), _parameters(exp.optimizer)))
     scheduler, mode = exp._scheduler, exp.best_mode
     for wrong, message in (
+            (any(isinstance(p, nn.parameter.UninitializedParameter) for p in nn.Module.parameters(exp.net)),
+             'net has lazy modules: send one batch through it first, and build the optimizer then'),
             (not own & trained, 'optimizer holds no parameter of net: build it from net.parameters()'),
             (getattr(scheduler, 'optimizer', exp.optimizer) is not exp.optimizer,
              'scheduler belongs to another optimizer: build it from the one given here'),
@@ -706,21 +716,22 @@ def _text(value):
 def _clean(text):
     """Without memory addresses, modules of classes and folders, which differ from run to run."""
     text = re.sub(r' at 0x\w+', '', re.sub(r'<\S*?(\w+) object at 0x\w+>', r'<\1 object>', text))
-    return ' '.join(re.sub(r'(?<![\w.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s\'"(),]+[\\/])+', '', text).split())
+    return ' '.join(re.sub(r'(?<![\w.])(?:[A-Za-z]:|\.{1,2})?[\\/]+(?:[^\\/\s\'"(),]+[\\/]+)*', '', text).split())
 
 
 def _describe_settings(exp):
     """What `setting` returns, described as it was when first given: rates change by schedule or by hand."""
     given, settings = vars(exp).setdefault('_given', {}), exp.setting()
     for name, value in settings.items():
-        if name not in given or given[name][0] is not value:
-            given[name] = value, _describe(value)
+        groups = len(getattr(value, 'param_groups', ()))  # one may have been added
+        if name not in given or given[name][0] is not value or given[name][1] != groups:
+            given[name] = value, groups, _describe(value)
     try:
         kinds = [c for c in type(_unwrapped(exp.net)).__mro__ if c.__module__.split('.')[0] not in ('torch', 'builtins', 'abc')]
         source = '\n'.join(map(inspect.getsource, kinds))
     except (OSError, TypeError):  # made in a console
         source = ''
-    return {name: given[name][1] for name in settings} | {'Source': {'': source}, 'Torch': {'': str(torch.__version__)}}
+    return {name: given[name][2] for name in settings} | {'Source': {'': source}, 'Torch': {'': str(torch.__version__)}}
 
 
 def _compare_settings(exp, stored):
@@ -991,7 +1002,7 @@ def _autocast(exp):
 
 def mix_seeds(*numbers):
     """A 63-bit seed made of several numbers, unlike that of any other combination."""
-    return int(np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)[0]) >> 1
+    return int(np.random.SeedSequence([int(n) % 2**64 for n in numbers]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _stored_seed(exp, stored):
@@ -1067,9 +1078,13 @@ def _from_all(value):
 
 
 def _average_gradients(optimizer):
-    """The mean over the processes; who has no gradient, as its batch did not use a layer, counts as zero."""
-    for p in _parameters(optimizer) if _world_size() > 1 else ():
-        if p.requires_grad:
+    """The mean over the processes; who has no gradient, as its batch did not use a layer, counts as zero.
+    Where nobody has one, there stays none, and the optimizer leaves that layer alone."""
+    if _world_size() == 1:
+        return
+    parameters = [p for p in _parameters(optimizer) if p.requires_grad]
+    for p, *has_gradient in zip(parameters, *_from_all([p.grad is not None for p in parameters])):
+        if any(has_gradient):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
             p.grad /= _world_size()
