@@ -267,6 +267,8 @@ class Experiment:
         not finite raise FloatingPointError, which names epoch and batch.
         """
         _check_whole('num_epochs', num_epochs, 0)
+        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
+            raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
         callback, mode = callback or plot, self.net.training
         lock = _locked(self.checkpoint_path) if self.epoch < num_epochs else contextlib.nullcontext()
         with lock, torch.no_grad(), _progress_bar(self.train_loader) as bar:
@@ -381,8 +383,6 @@ class Experiment:
 
     def _begin(self, num_epochs):
         """Starts from a whole state, and remembers it."""
-        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
-            raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
         if self._state is not None:  # a run was left, and interrupted again on its way back
             self._take(self._state)
         self.seed = _stored_seed(self, {}) if self.seed is None else self.seed
