@@ -30,7 +30,6 @@ Started by ``torchrun``, the same script trains on all its processes. The interf
 helper of the UCSD course ECE 285 (C. Deledalle, 2019): its programs and checkpoints keep working.
 """
 import ast
-import atexit
 import codecs
 import contextlib
 import copy
@@ -38,7 +37,6 @@ import csv
 import dataclasses
 import difflib
 import inspect
-import itertools
 import math
 import operator
 import os
@@ -48,6 +46,7 @@ import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -64,10 +63,8 @@ except ImportError:  # Windows
 
 __all__ = ['NeuralNetwork', 'StatsManager', 'Experiment', 'find_device', 'load_checkpoint', 'mix_seeds']
 
-FORMAT = 3  # of checkpoints; in older ones, the settings are in config.txt
+FORMAT = 3  # of checkpoints; before, the settings were in config.txt alone
 KEYS = {'Net', 'Optimizer', 'History'}  # of every checkpoint
-STATE = KEYS | {'Seconds', 'Best', 'Setting', 'Format', 'Scheduler', 'Scaler'}  # of those written here
-PRECISIONS = ('float32', 'bfloat16', 'float16')
 
 
 # --- network and statistics ------------------------------------------------------------------------
@@ -188,13 +185,10 @@ class Experiment:
 
     If ``output_dir`` already holds a checkpoint, it is loaded, after a check that it was made with the
     same settings; else a first one is written, at epoch 0. TypeError and ValueError say which argument
-    is wrong, RuntimeError that the checkpoint can't be read, OSError that the folder can't be written;
-    what was saved is left alone by all of them.
-
-    Meant to be overridden: `step`, `setting`, `state_dict`, `load_state_dict`. Set what these use before
-    you call ``super().__init__``.
+    is wrong, RuntimeError that the checkpoint can't be read, OSError that the folder can't be written.
+    Meant to be overridden: `step`, `setting`, `state_dict`, `load_state_dict`; set what these use first.
     """
-    net: nn.Module  # a `NeuralNetwork`, or any module with a method ``criterion(y, d)``; not lazy
+    net: nn.Module  # a `NeuralNetwork`, or any module with a method ``criterion(y, d)``
     train_set: td.Dataset  # of pairs (x, d); or a ready `DataLoader`, used as it is
     val_set: td.Dataset  # the same; None if nothing is to be evaluated
     optimizer: torch.optim.Optimizer  # of ``net``; not LBFGS, whose step needs a closure
@@ -208,48 +202,41 @@ class Experiment:
     scheduler: dataclasses.InitVar[object] = None  # stepped after each epoch, `ReduceLROnPlateau` with ``best_by``
     grad_clip: float = None  # upper bound on the norm of the gradient
     batches_per_step: int = 1  # batches whose mean gradient makes one step; at the end of an epoch, what is left
-    precision: str = 'float32'  # of training; or 'bfloat16', or 'float16', with loss scaling
+    precision: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of training; the last one with loss scaling
     num_workers: int = 0  # of the loaders
     collate_fn: object = None  # of the loaders
     drop_last: bool = True  # leave out the last batch of an epoch if it is short
     drop_last_in_evaluation: bool = False  # by default every sample is evaluated
     best_by: str = None  # a statistic ('PSNR'; in validation if there is one): best.pth.tar has its best epoch
-    best_mode: str = 'min'  # or 'max'
+    best_mode: Literal['min', 'max'] = 'min'
     save_every: int = 1  # epochs between two checkpoints; the last one of a run is always saved
     also_save: dict = None  # name to what has state_dict and load_state_dict: a second optimizer, averages
     allow: tuple = ()  # settings that may differ from the checkpoint's: ``('Optimizer', 'Scheduler')``
 
     # For subclasses of 2019, which need not call __init__.
-    train_loader = val_loader = _scheduler = _scaler = _saved = _untrained = None
+    train_loader = val_loader = _scheduler = _saved = _untrained = None
     _state = None  # what a run that was left goes back to
-    batch, _seconds, _stopped = 0, (), False
+    batch, _seconds, _stopped, _scaler = 0, (), False, torch.amp.GradScaler(enabled=False)
 
     def __post_init__(self, scheduler):
         self._scheduler, self.also_save, self.history = scheduler, dict(self.also_save or {}), []
         self.allow = (self.allow,) if isinstance(self.allow, str) else tuple(self.allow)
         _check_arguments(self)
-        _start_distributed()
+        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():  # started by torchrun
+            torch.cuda.is_available() and torch.cuda.set_device(find_device())
+            dist.init_process_group()
         if self.device is not None:
             device = find_device(self.device)
             self.net.to(device)
             if 'device' in vars(self.net):
                 self.net.device = device
         self.device = _device_of(self.net)
-        if self.precision == 'float16' and self.device.type in ('cuda', 'cpu'):
-            self._scaler = torch.amp.GradScaler(self.device.type)
-        self.output_dir = os.path.expanduser(self.output_dir or f'experiment_{_from_rank_0(time.time())}')
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
+        self.output_dir = os.path.expanduser(self.output_dir or f'experiment_{_from_all(time.time())[0]}')
         self.checkpoint_path, self.best_path, self.config_path = (
             os.path.join(self.output_dir, name) for name in ('checkpoint.pth.tar', 'best.pth.tar', 'config.txt'))
-        stored = self._read(self.checkpoint_path) if _from_rank_0(os.path.isfile(self.checkpoint_path)) else {}
-        self.seed = _stored_seed(self, stored) if self.seed is None else int(self.seed)
-        if self.best_by is None:
-            self.best_by, self.best_mode = stored.get('Best', (None, self.best_mode))
-        self.train_loader = _loader(self, self.train_set, training=True)
-        self.val_loader = None if self.val_set is None else _loader(self, self.val_set)
-        for tensor in self.net.state_dict().values() if _world_size() > 1 else ():
-            dist.broadcast(tensor, 0)  # all start from the weights of the first process
         try:
-            _open(self, stored)
+            _open(self)
         except AttributeError as error:
             raise AttributeError(f'{error}. Set it before you call super().__init__(), which needs it') from error
 
@@ -262,28 +249,25 @@ class Experiment:
         evaluation mode and on one process only: draw, log, or call `stop`; ``after_batch(exp, loss)``
         after every batch of training, whose number is ``exp.batch``. Both without gradients.
 
-        Whatever interrupts it, the experiment goes back to the last epoch that was finished, and the
-        exception goes on to the caller: a new ``run`` continues from there. A loss or weights that are
-        not finite raise FloatingPointError, which names epoch and batch.
+        Whatever interrupts it, the experiment goes back to the last epoch that was finished; a new ``run``
+        continues from there. A loss or weights that are not finite raise FloatingPointError.
         """
         _check_whole('num_epochs', num_epochs, 0)
-        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
-            raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
         callback, mode = callback or plot, self.net.training
         lock = _locked(self.checkpoint_path) if self.epoch < num_epochs else contextlib.nullcontext()
         with lock, torch.no_grad(), _progress_bar(self.train_loader) as bar:
             try:
-                self._begin(num_epochs)
-                self._call(callback)
+                _begin(self, num_epochs)
+                _call(self, callback)
                 while self.epoch < num_epochs and not self._stopped:
                     bar.set_description(f'Epoch {self.epoch + 1}/{num_epochs}', refresh=False)
                     self._run_epoch(bar, after_batch)
-                    self._keep(last=self.epoch == num_epochs)
+                    _keep(self, last=self.epoch == num_epochs)
                     _say(f'Epoch {self.epoch}/{num_epochs}: {_line(self)} ({self._seconds[-1]:.2f} s)')
-                    self._call(callback)
-                self._keep(last=True)
+                    _call(self, callback)
+                _keep(self, last=True)
             except BaseException as error:
-                self._fall_back(error)
+                _fall_back(self, error)
                 raise
             finally:
                 self.net.train(mode)
@@ -291,15 +275,17 @@ class Experiment:
         _say(f'{"Stopped after" if self.epoch < num_epochs else "Finish training for"} {self.epoch} epochs')
 
     def _run_epoch(self, bar, after_batch):
-        """Trains for one epoch, validates, and adds a line to the history."""
-        start = time.time()
+        """Trains for one epoch, validates, and adds an entry to the history."""
+        start, autocast = time.time(), contextlib.nullcontext()
+        if self.precision != 'float32':
+            autocast = torch.autocast(_device_of(self.net).type, dtype=getattr(torch, self.precision))
         bar.reset()
         self.net.train()
         self.stats_manager.init()
         with _randomness(self.seed, self.epoch + 1, self.train_loader, _rank()):
             for number, batch in enumerate(_batches(self, self.train_loader), start=1):
                 self.batch = number
-                with torch.enable_grad(), _autocast(self):
+                with torch.enable_grad(), autocast:
                     loss, x, y, d = self.step(batch)
                 loss = float(loss)
                 if not math.isfinite(loss):
@@ -354,94 +340,26 @@ class Experiment:
             return
         if loss.numel() != 1:
             raise ValueError(f'the loss must be one number, got the shape {tuple(loss.shape)}: take its mean')
-        optimizer, scaler, number, batches = optimizer or self.optimizer, self._scaler, 1, 1
+        optimizer, number, batches = optimizer or self.optimizer, 1, 1
         if self.batches_per_step > 1:
             number = (self.batch - 1) % self.batches_per_step + 1  # of this batch among those of the step
             batches = min(self.batches_per_step, len(self.train_loader) - self.batch + number)
             loss = loss / batches
         if number == 1:
             optimizer.zero_grad()
-        (scaler.scale(loss) if scaler else loss).backward()
+        self._scaler.scale(loss).backward()
         if number < batches:
             return
         _average_gradients(optimizer)
         if self.grad_clip is not None:
-            if scaler:
-                scaler.unscale_(optimizer)
+            self._scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(_parameters(optimizer), self.grad_clip)
-        if scaler:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
+        self._scaler.step(optimizer)
+        self._scaler.update()
 
     def stop(self):
         """Ends the run after the present epoch: ``if exp.epoch - exp.best[0] >= 10: exp.stop()``."""
         self._stopped = True
-
-    # --- what surrounds an epoch -------------------------------------------------------------------
-
-    def _begin(self, num_epochs):
-        """Starts from a whole state, and remembers it."""
-        if self._state is not None:  # a run was left, and interrupted again on its way back
-            self._take(self._state)
-        self.seed = _stored_seed(self, {}) if self.seed is None else self.seed
-        _say(f'Start/Continue training from epoch {self.epoch}')
-        _say_what_is_not_trained(self)
-        self._stopped, self.batch = False, 0
-        self.net.eval()
-        if self.epoch < num_epochs:
-            if self.perform_validation_during_training:
-                _try_evaluation(self)
-            self.save()  # the weights may have changed since: another experiment can share them
-        self._state = self._copied_state()
-
-    def _keep(self, last):
-        """Remembers the epoch just finished, and saves it. The best goes first: if a kill comes between
-        the two, the epoch is done again, and both are written again."""
-        if self._saved == self.epoch:
-            return
-        self._state = self._copied_state()
-        if self.best_by is not None and _best(self)[0] == self.epoch:
-            _save(self._state, self.best_path)
-        if last or self.epoch % self.save_every == 0:
-            self.save()
-
-    def _call(self, callback):
-        """On one process; the others wait for it, and hear whether it called `stop`."""
-        if callback is not None and _rank() == 0:
-            callback(self)
-        self._stopped = _from_rank_0(self._stopped)
-
-    def _fall_back(self, error):
-        """Returns to the last epoch that was finished, and saves it if it is not on disk."""
-        if self._state is None:  # nothing has been done yet
-            return
-        self.batch, saved = 0, 'saved'
-        self._take(self._state)
-        try:
-            if self._saved != self.epoch and _world_size() == 1:
-                self.save()
-        except OSError as full:
-            saved = f'in memory only ({full})'
-        _say(f'{type(error).__name__}: back to epoch {self.epoch}, the last one finished, which is {saved}. '
-             'Call run again to go on from there.')
-        if _world_size() > 1:
-            dist.destroy_process_group()  # so that the others don't wait for this one for ever
-
-    def _take(self, state):
-        """Goes to a state; if that is interrupted, the next `run` does it again."""
-        before, self._state = self._state, state
-        try:
-            self.load_state_dict(state)
-        except Exception:  # it does not fit, and nothing was changed
-            self._state = before
-            raise
-        self._state = None
-
-    def _copied_state(self):
-        state = self.state_dict()  # but for the entries of the history, which don't change
-        return copy.deepcopy(state, {id(entries): list(entries) for entries in [state.get('History')]})
 
     # --- evaluation --------------------------------------------------------------------------------
 
@@ -453,11 +371,7 @@ class Experiment:
         if loader is None:
             raise ValueError('there is nothing to evaluate: val_set is None; pass a data set')
         stats = copy.copy(self.stats_manager) if self.batch else self.stats_manager  # called by a step, or not
-        stats.init()
-        with _evaluating(self, loader):
-            for batch in _batches(self, loader):
-                loss, *rest = self.step(batch)
-                stats.accumulate(float(loss), *rest)
+        _accumulate(self, loader, stats)
         return stats.summarize()
 
     def predict(self, data, targets=False):
@@ -466,7 +380,7 @@ class Experiment:
         set, or a `DataLoader`, whose data set is gone through in order. Of outputs in a tuple the first
         is taken. Under torchrun each process computes them all."""
         collate = None if isinstance(data, torch.Tensor) else getattr(data, 'collate_fn', self.collate_fn)
-        data = getattr(data, 'dataset', data) if isinstance(data, td.DataLoader) else data
+        data = data.dataset if isinstance(data, td.DataLoader) else data
         loader, outputs, desired = td.DataLoader(data, self.batch_size, collate_fn=collate), [], []
         with _evaluating(self, loader):
             for batch in _batches(self, loader):
@@ -496,15 +410,14 @@ class Experiment:
     def table(self):
         """The history as a list of flat dicts, one an epoch: ``epoch``, the training statistics, the
         validation statistics with ``val_`` before their names, and ``seconds``; numbers and lists."""
-        seconds = itertools.chain(self._seconds, itertools.repeat(math.nan))
-        return [{'epoch': k, **_row(self, entry), 'seconds': next(seconds)}
-                for k, entry in enumerate(self.history, start=1)]
+        seconds = [*self._seconds, *[math.nan] * self.epoch]
+        return [{'epoch': k + 1, **_row(self, self.history[k]), 'seconds': seconds[k]} for k in range(self.epoch)]
 
     def to_csv(self, path):
         """Writes `table` to a CSV file."""
         rows = Experiment.table(self)
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(path, 'w', newline='') as file:
+        with open(path, 'w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
             writer.writerows(rows)
@@ -532,7 +445,7 @@ class Experiment:
             raise
         _unwrapped(self.net).load_state_dict(checkpoint['Net'])
         if 'Optimizer' in checkpoint:
-            self.optimizer.load_state_dict(copy.deepcopy(checkpoint['Optimizer']))
+            _load({'Optimizer': self.optimizer}, checkpoint)
         self.history = history
         self._seconds = list(checkpoint.get('Seconds', [math.nan] * self.epoch))
 
@@ -548,7 +461,7 @@ class Experiment:
     def load(self, path=None):
         """Goes back to a checkpoint (default: the last), history and all.
         Raises RuntimeError if the file can't be read, and says why and what to do."""
-        self._take(self._read(path or self.checkpoint_path))
+        _take(self, self._read(path or self.checkpoint_path))
         self._saved = None
         _put_aside_stale_best(self)
 
@@ -563,17 +476,158 @@ class Experiment:
     def setting(self):
         """The settings, by name, that a checkpoint must share with the experiment that loads it.
         Subclasses may add their own. Stored and compared are plain values and texts (`repr`)."""
-        sets = {name: getattr(self, attribute, None) for name, attribute in (('TrainSet', 'train_set'), ('ValSet', 'val_set'))}
-        data = {name: part.dataset if isinstance(part, td.DataLoader) else part for name, part in sets.items()}
-        sizes = {f'{name}Size': operator.length_hint(part) for name, part in data.items() if operator.length_hint(part)}
+        sets = {'TrainSet': getattr(self, 'train_set', None), 'ValSet': getattr(self, 'val_set', None)}
+        ready = {name: data for name, data in sets.items() if isinstance(data, td.DataLoader)}
+        sizes = {f'{name}Size': operator.length_hint(ready[name].dataset if name in ready else data)
+                 for name, data in sets.items()}
         return {'Net': self.net, **sets, 'Optimizer': self.optimizer, 'StatsManager': self.stats_manager,
-                'BatchSize': sets['TrainSet'].batch_size if data['TrainSet'] is not sets['TrainSet'] else self.batch_size,
-                'PerformValidationDuringTraining': self.perform_validation_during_training, **sizes,
-                'Seed': self.seed, 'Precision': self.precision, 'GradClip': self.grad_clip and float(self.grad_clip),
-                'BatchesPerStep': self.batches_per_step, 'DropLast': self.drop_last, 'Scheduler': self._scheduler}
+                'BatchSize': ready['TrainSet'].batch_size if 'TrainSet' in ready else self.batch_size,
+                'PerformValidationDuringTraining': self.perform_validation_during_training,
+                **{name: size for name, size in sizes.items() if size}, 'Seed': self.seed, 'Precision': self.precision,
+                'GradClip': self.grad_clip and float(self.grad_clip), 'BatchesPerStep': self.batches_per_step,
+                'DropLast': self.drop_last, 'Scheduler': self._scheduler}
 
     def __repr__(self):
         return ''.join(f'{name}({_text(value)})\n' for name, value in self.setting().items())
+
+
+# --- state: what a run begins with, keeps, and goes back to ------------------------------------------
+
+def _open(exp):
+    """Goes on from the checkpoint in the folder, if its settings agree, or writes the first one. Where
+    optimizer and schedule may differ the new ones count, the schedule as if from the first epoch."""
+    stored = exp._read(exp.checkpoint_path) if _from_all(os.path.isfile(exp.checkpoint_path))[0] else {}
+    old = (stored.get('Setting') or _settings_of_config(exp.config_path)) if stored else {}
+    exp.seed = old.get('Seed', _new_seed()) if exp.seed is None else exp.seed
+    if exp.best_by is None:
+        exp.best_by, exp.best_mode = stored.get('Best', (None, exp.best_mode))
+    exp.train_loader = _loader(exp, exp.train_set, training=True)
+    exp.val_loader = None if exp.val_set is None else _loader(exp, exp.val_set)
+    for tensor in exp.net.state_dict().values() if _world_size() > 1 else ():
+        dist.broadcast(tensor, 0)  # all start from the weights of the first process
+    differences, trained = _compare_settings(exp, stored, old), bool(stored.get('History', stored))
+    if trained and (conflicts := [name for name in differences if name not in exp.allow]):
+        lines = [line for name in conflicts for line in differences[name]]
+        advice = '' if 'Weights' in conflicts else f'; allow={tuple(differences)!r} goes on with the new ones'
+        raise ValueError('\n  '.join([f'{exp.output_dir} holds a checkpoint made with other settings:', *lines])
+                         + f'\nUse the stored settings, or another output_dir to start anew{advice}.')
+    if trained or stored and not differences:  # before the first epoch, there is nothing to lose
+        _take_with_changes(exp, stored, {'Optimizer', 'Scheduler'} & differences.keys())
+    if not trained or differences:
+        exp.save()
+        if _rank() == 0:
+            exp._read(exp.checkpoint_path)  # lest a training ends with what can't be read
+    exp._saved = exp.epoch
+    _put_aside_stale_best(exp)
+
+
+def _take_with_changes(exp, state, changed):
+    groups = [{k: v for k, v in group.items() if k != 'params'} for group in exp.optimizer.param_groups]
+    same_kind = state.get('Setting', {}).get('Optimizer') == type(exp.optimizer).__name__
+    _take(exp, {name: value for name, value in state.items() if not changed or name != 'Scheduler' and (
+        name != 'Optimizer' or same_kind)})  # the state of another kind of optimizer is of no use
+    for group, given in zip(exp.optimizer.param_groups, groups) if changed else ():
+        group.update(given)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch misses the steps of the optimizer
+        for entry in exp.history if changed else ():
+            _step_scheduler(exp, entry)
+
+
+def _take(exp, state):
+    """Goes to a state; if that is interrupted, the next `run` does it again."""
+    before, exp._state = exp._state, state
+    try:
+        exp.load_state_dict(state)
+    except Exception:  # it does not fit, and nothing was changed
+        exp._state = before
+        raise
+    exp._state = None
+
+
+def _copied_state(exp):
+    state = exp.state_dict()  # but for the entries of the history, which don't change
+    return copy.deepcopy(state, {id(entries): list(entries) for entries in [state.get('History')]})
+
+
+def _begin(exp, num_epochs):
+    """Starts from a whole state, and remembers it."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
+        raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
+    if exp._state is not None:  # a run was left, and interrupted again on its way back
+        _take(exp, exp._state)
+    exp.seed = _new_seed() if exp.seed is None else exp.seed
+    _say(f'Start/Continue training from epoch {exp.epoch}')
+    _say_what_is_not_trained(exp)
+    exp._stopped, exp.batch = False, 0
+    exp.net.eval()
+    if exp.epoch < num_epochs:
+        if exp.perform_validation_during_training:
+            _try_evaluation(exp)
+        exp.save()  # the weights may have changed since: another experiment can share them
+    exp._state = _copied_state(exp)
+
+
+def _keep(exp, last):
+    """Remembers the epoch just finished, and saves it. The best goes first: if a kill comes between the
+    two, the epoch is done again, and both are written again."""
+    if exp._saved == exp.epoch:
+        return
+    exp._state = _copied_state(exp)
+    if exp.best_by is not None and _best(exp)[0] == exp.epoch:
+        _save(exp._state, exp.best_path)
+    if last or exp.epoch % exp.save_every == 0:
+        exp.save()
+
+
+def _call(exp, callback):
+    """On one process; the others wait for it, and hear whether it called `stop`."""
+    if callback is not None and _rank() == 0:
+        callback(exp)
+    exp._stopped = _from_all(exp._stopped)[0]
+
+
+def _fall_back(exp, error):
+    """Returns to the last epoch that was finished, and saves it if it is not on disk."""
+    if exp._state is None:  # nothing has been done yet
+        return
+    exp.batch, saved = 0, 'saved'
+    _take(exp, exp._state)
+    try:
+        if exp._saved != exp.epoch and _world_size() == 1:
+            exp.save()
+    except OSError as full:
+        saved = f'in memory only ({full})'
+    _say(f'{type(error).__name__}: back to epoch {exp.epoch}, the last one finished, which is {saved}. '
+         'Call run again to go on from there.')
+    if _world_size() > 1:
+        dist.destroy_process_group()  # so that the others don't wait for this one for ever
+
+
+def _also(exp):
+    """What the checkpoint keeps beside network and optimizer."""
+    more = {} if exp._scheduler is None else {'Scheduler': exp._scheduler}
+    return more | ({'Scaler': exp._scaler} if exp._scaler.is_enabled() else {}) | (exp.also_save or {})
+
+
+def _load(items, states):
+    for name, item in items.items():
+        item.load_state_dict(copy.deepcopy(states[name]))
+
+
+def _check_fit(exp, checkpoint):
+    """Raises ValueError if a checkpoint is not of these networks and optimizers."""
+    if missing := sorted({'Net', 'History', *(exp.also_save or ())} - checkpoint.keys()):
+        raise ValueError(f'the checkpoint has no {", ".join(missing)}')
+    if lines := _weight_differences(exp, checkpoint):
+        raise ValueError('\n  '.join(['the checkpoint is that of another network:', *lines]))
+    given = exp.optimizer.state_dict()
+    stored, given = ([len(group['params']) for group in optimizer['param_groups']]
+                     for optimizer in (checkpoint.get('Optimizer', given), given))
+    if stored != given:
+        raise ValueError(f'{os.path.dirname(exp.checkpoint_path)}: the stored optimizer has groups of {stored} parameters, '
+                         f'the one given of {given}. Give all groups from the start, and freeze and thaw by requires_grad_ '
+                         'and the rates of the groups (README, "Freeze, train, thaw, train on")')
 
 
 # --- checks: what is wrong, and what to do about it --------------------------------------------------
@@ -585,16 +639,16 @@ def _check_whole(name, value, least):
 
 def _check_arguments(exp):
     """Raises TypeError or ValueError for what can't work, before anything is made or written."""
-    own_step = type(exp).step is not Experiment.step
+    criterion = 'criterion' if type(exp).step is Experiment.step else 'state_dict'
     for name, value, attributes, what in (
-            ('net', exp.net, ['state_dict', 'named_modules'], 'a torch.nn.Module'),
-            ('net', exp.net, [] if own_step else ['criterion'], 'a module with a method criterion(y, d), its loss'),
-            ('optimizer', exp.optimizer, ['step', 'zero_grad', 'param_groups'],
+            ('net', exp.net, 'state_dict named_modules', 'a torch.nn.Module'),
+            ('net', exp.net, criterion, 'a module with a method criterion(y, d), its loss'),
+            ('optimizer', exp.optimizer, 'step zero_grad param_groups',
              'a torch.optim.Optimizer (the order is net, train_set, val_set, optimizer, stats_manager)'),
-            ('stats_manager', exp.stats_manager, ['init', 'accumulate', 'summarize'], 'a StatsManager'),
-            *((f'also_save[{key!r}]', item, ['state_dict', 'load_state_dict'], 'something with state_dict')
+            ('stats_manager', exp.stats_manager, 'init accumulate summarize', 'a StatsManager'),
+            *((f'also_save[{key!r}]', item, 'state_dict load_state_dict', 'something with state_dict')
               for key, item in exp.also_save.items())):
-        if isinstance(value, type) or not all(hasattr(value, attribute) for attribute in attributes):
+        if isinstance(value, type) or not all(hasattr(value, attribute) for attribute in attributes.split()):
             raise TypeError(f'{name} must be {what}, got {value if isinstance(value, type) else type(value).__name__}')
     for name in ('step', 'update'):  # a subclass of 2019 may have its own, of another kind
         try:
@@ -602,28 +656,30 @@ def _check_arguments(exp):
         except TypeError:
             raise TypeError(f'{type(exp).__name__}.{name} must take one argument, as that of nntools does: '
                             'see its docstring, or rename yours') from None
-    for name, least in (('batch_size', 1), ('batches_per_step', 1), ('num_workers', 0), ('save_every', 1), ('seed', 0)):
-        if getattr(exp, name) is not None:
-            _check_whole(name, getattr(exp, name), least)
-    if isinstance(exp.optimizer, torch.optim.LBFGS):
-        raise TypeError('LBFGS needs a closure at each step, which update does not give: take another optimizer')
-    own, trained = (set(map(id, parameters)) for parameters in (nn.Module.parameters(exp.net), _parameters(exp.optimizer)))
-    scheduler, mode = exp._scheduler, exp.best_mode
+    for field in dataclasses.fields(Experiment):
+        value, words = getattr(exp, field.name), get_args(field.type)
+        if words and value not in words:
+            raise ValueError(f'{field.name} must be one of {words}, got {value!r}')
+        if field.type is int and value is not None:
+            _check_whole(field.name, value, 0 if field.name in ('seed', 'num_workers') else 1)
+            setattr(exp, field.name, int(value))
+    own, scheduler = list(nn.Module.parameters(exp.net)), exp._scheduler
     for wrong, message in (
-            (any(isinstance(p, nn.parameter.UninitializedParameter) for p in nn.Module.parameters(exp.net)),
+            (isinstance(exp.optimizer, torch.optim.LBFGS), 'LBFGS needs a closure at each step: take another optimizer'),
+            (any(isinstance(p, nn.parameter.UninitializedParameter) for p in own),
              'net has lazy modules: send one batch through it first, and build the optimizer then'),
-            (not own & trained, 'optimizer holds no parameter of net: build it from net.parameters()'),
+            (not set(map(id, own)) & set(map(id, _parameters(exp.optimizer))),
+             'optimizer holds no parameter of net: build it from net.parameters()'),
             (getattr(scheduler, 'optimizer', exp.optimizer) is not exp.optimizer,
              'scheduler belongs to another optimizer: build it from the one given here'),
-            (mode not in ('min', 'max'), f"best_mode must be one of ('min', 'max'), got {mode!r}"),
-            (isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != mode,
-             f'scheduler has mode={getattr(scheduler, "mode", None)!r}, but best_mode is {mode!r}: make them alike'),
-            (exp.precision not in PRECISIONS, f'precision must be one of {PRECISIONS}, got {exp.precision!r}'),
+            (isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != exp.best_mode,
+             f'scheduler has mode={getattr(scheduler, "mode", 0)!r}, but best_mode is {exp.best_mode!r}: make them alike'),
             (exp.grad_clip is not None and not (isinstance(exp.grad_clip, (int, float)) and exp.grad_clip > 0),
              f'grad_clip must be a number, more than 0, got {exp.grad_clip!r}'),
             (exp.val_set is None and exp.perform_validation_during_training,
              'perform_validation_during_training needs a val_set, got None'),
-            (exp.also_save.keys() & STATE, f'also_save has {sorted(exp.also_save)}: take other names than {sorted(STATE)}')):
+            (taken := exp.also_save.keys() & (KEYS | {'Seconds', 'Best', 'Setting', 'Format', 'Scheduler', 'Scaler'}),
+             f'also_save has {taken}, which the checkpoint has already: take another name')):
         if wrong:
             raise ValueError(message)
 
@@ -633,30 +689,23 @@ def _say_what_is_not_trained(exp):
     known = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
     names = [name for name, p in nn.Module.named_parameters(exp.net) if p.requires_grad and id(p) not in known]
     if names and names != exp._untrained:
-        _say(f'In no group of the optimizer, so that they will not be trained: {", ".join(names[:5])}'
-             + ' ...' * (len(names) > 5))
+        _say('In no group of the optimizer, so that they will not be trained: ' + ', '.join(names[:5]) + ' ...' * (len(names) > 5))
     exp._untrained = names
 
 
 def _try_evaluation(exp):
     """Evaluates the last batch, which may be short, so that what is wrong shows before the first epoch."""
-    loader, stats = exp.val_loader, exp.stats_manager
+    loader = exp.val_loader
     if isinstance(loader.dataset, td.IterableDataset) or not loader.batch_size:
         return
     size, n = loader.batch_size, len(loader.dataset)
     left = 0 if loader.drop_last else n % size
-    part = td.DataLoader(td.Subset(loader.dataset, range(n - (left or min(n, size)), n)), size, collate_fn=loader.collate_fn)
-    stats.init()
-    with _evaluating(exp, part):
-        for batch in _batches(exp, part):
-            try:
-                loss, *rest = exp.step(batch)
-            except RuntimeError as error:
-                if not left:
-                    raise
-                raise RuntimeError(f'the last batch of the evaluation has {left} samples instead of {size}: {error}. If '
-                                   'the network can take no fewer, give drop_last_in_evaluation=True') from error
-            stats.accumulate(float(loss), *rest)
+    part = td.Subset(loader.dataset, range(n - (left or min(n, size)), n))
+    try:
+        _accumulate(exp, td.DataLoader(part, size, collate_fn=loader.collate_fn), exp.stats_manager)
+    except RuntimeError as error:
+        raise RuntimeError(f'the last batch of the evaluation has {left} samples instead of {size}: {error}. If the network '
+                           'can take no fewer, give drop_last_in_evaluation=True') from error if left else error
     _check_summary(exp, 'val_')
 
 
@@ -681,28 +730,37 @@ def _not_finite(exp, what, batch):
     return FloatingPointError(f'{what} in epoch {exp.epoch + 1}, batch {exp.batch}; {hint}')
 
 
-# --- settings: described, stored and compared ------------------------------------------------------
+# --- settings: described, stored and compared --------------------------------------------------------
 
-def _describe(value):
-    """A setting as a dict of numbers and texts: ``''`` for the whole, and the names of its parts."""
+def _describe(name, value):
+    """A setting as a flat dict of numbers and texts: ``name`` for the whole, ``name: part`` for its parts."""
     value, parts = _unwrapped(value), {}
     if isinstance(value, nn.Module):
-        parts = {name: f'{type(m).__name__}({m.extra_repr()})' for name, m in value.named_modules() if name}
+        parts = {layer: f'{type(m).__name__}({m.extra_repr()})' for layer, m in value.named_modules() if layer}
     elif hasattr(value, 'param_groups'):
         for k, group in enumerate(value.param_groups):
             group = group | {'lr': group.get('initial_lr', group.get('lr'))}
-            parts |= {f'{name}{f" of group {k}" if k else ""}': group[name] for name in ('lr', *value.defaults)}
-    elif hasattr(value, 'optimizer') and hasattr(value, 'state_dict'):  # a scheduler: what does not change in training
-        parts = {name: v for name, v in value.state_dict().items() if name == '_schedulers' or name[0] != '_' and name not in (
-            'last_epoch', 'best', 'num_bad_epochs', 'cooldown_counter', 'T_cur', 'T_i')}
+            parts |= {option + f' of group {k}' * (k > 0): group[option] for option in ('lr', *value.defaults)}
+    elif hasattr(value, 'optimizer') and hasattr(value, 'state_dict'):  # a scheduler: what stays as it is in training
+        changing = ('last_epoch', 'best', 'num_bad_epochs', 'cooldown_counter', 'T_cur', 'T_i')
+        parts = {key: v for key, v in value.state_dict().items()
+                 if key == '_schedulers' or not key.startswith('_') and key not in changing}
     elif isinstance(value, td.DataLoader):
         parts = {'data': value.dataset, 'drop_last': value.drop_last}
-    elif isinstance(value, (bool, int, float, str, type(None))):
-        return {'': value}
     else:
-        return {'': _clean(_text(value))}
-    plain = {name: _describe(part) for name, part in parts.items()}
-    return {'': type(value).__name__} | {name: p[''] if len(p) == 1 else _clean(str(p)) for name, p in plain.items()}
+        return {name: _plain(value)}
+    return {name: type(value).__name__} | {f'{name}: {part}': _plain(v) for part, v in parts.items()}
+
+
+def _plain(value):
+    """A number as it is, anything else as text, without addresses and folders, which differ from run to run."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (torch.Tensor, np.generic)) and value.ndim == 0:
+        return value.item()
+    text = value if isinstance(value, str) else _text(value)
+    text = re.sub(r' at 0x\w+', '', re.sub(r'<\S*?(\w+) object at 0x\w+>', r'<\1 object>', text))
+    return ' '.join(re.sub(r'(?<![\w.])(?:[A-Za-z]:|\.{1,2})?[\\/]+(?:[^\\/\s\'"(),]+[\\/]+)*', '', text).split())
 
 
 def _text(value):
@@ -713,46 +771,42 @@ def _text(value):
     return type(value).__name__ if hasattr(value, 'optimizer') else repr(value)
 
 
-def _clean(text):
-    """Without memory addresses, modules of classes and folders, which differ from run to run."""
-    text = re.sub(r' at 0x\w+', '', re.sub(r'<\S*?(\w+) object at 0x\w+>', r'<\1 object>', text))
-    return ' '.join(re.sub(r'(?<![\w.])(?:[A-Za-z]:|\.{1,2})?[\\/]+(?:[^\\/\s\'"(),]+[\\/]+)*', '', text).split())
-
-
 def _describe_settings(exp):
     """What `setting` returns, described as it was when first given: rates change by schedule or by hand."""
-    given, settings = vars(exp).setdefault('_given', {}), exp.setting()
-    for name, value in settings.items():
-        groups = len(getattr(value, 'param_groups', ()))  # one may have been added
-        if name not in given or given[name][0] is not value or given[name][1] != groups:
-            given[name] = value, groups, _describe(value)
+    known, described = vars(exp).setdefault('_described', {}), {}
+    for name, value in exp.setting().items():
+        key = id(value), len(getattr(value, 'param_groups', ()))  # a group may have been added
+        if known.get(name, (None,))[0] != key:
+            known[name] = key, value, _describe(name, value)
+        described |= known[name][2]
     try:
         kinds = [c for c in type(_unwrapped(exp.net)).__mro__ if c.__module__.split('.')[0] not in ('torch', 'builtins', 'abc')]
         source = '\n'.join(map(inspect.getsource, kinds))
     except (OSError, TypeError):  # made in a console
         source = ''
-    return {name: given[name][2] for name in settings} | {'Source': {'': source}, 'Torch': {'': str(torch.__version__)}}
+    return described | {'Source': source, 'Torch': str(torch.__version__)}
 
 
-def _compare_settings(exp, stored):
+def _compare_settings(exp, stored, old):
     """What differs between a checkpoint and an experiment: a dict of the setting's name to lines."""
     given, differences = _describe_settings(exp), {}
-    old = stored.get('Setting') or _setting_of_config(exp.config_path)
-    same_torch = old.get('Torch') == given['Torch']
-    if unknown := set(exp.allow) - given.keys():
-        raise ValueError(f'allow has {sorted(unknown)}, but the settings are {", ".join(given)}')
+    names = [key for key in given if ': ' not in key]
+    if unknown := sorted(set(exp.allow) - set(names)):
+        raise ValueError(f'allow has {unknown}, but the settings are {", ".join(names)}')
     if old.get('Source', given['Source']) != given['Source']:
         _say(f'The source of {type(exp.net).__name__} has changed since the checkpoint in {exp.output_dir}')
     if lines := _weight_differences(exp, stored):
         differences['Weights'] = lines
-    validates = 'PerformValidationDuringTraining'
-    unused = () if given[validates][''] and old.get(validates, {'': True})[''] else ('ValSet', 'ValSetSize')
-    for name in [name for name in given if name in old and name not in ('Source', 'Torch', *unused)]:
-        a, b = old[name], given[name]
-        parts = [''] if a[''] != b[''] else a | b if same_torch else [] if name == 'Net' else a.keys() & b.keys()
-        if lines := [f'{name}: {part}{" " * bool(part)}stored {a.get(part, "nothing")}, given {b.get(part, "nothing")}'
-                     for part in parts if a.get(part) != b.get(part)]:
-            differences[name] = lines
+    validates = given['PerformValidationDuringTraining'] and old.get('PerformValidationDuringTraining', True)
+    for key in dict.fromkeys([*given, *old]):
+        name, _, part = key.partition(': ')
+        a, b = old.get(key, 'nothing'), given.get(key, 'nothing')
+        if a == b or name not in old or name not in given or name in ('Source', 'Torch') or (
+                name.startswith('ValSet') and not validates) or part and (  # of another class, all parts differ
+                old[name] != given[name] or old.get('Torch') != given['Torch'] and (
+                    key not in old or key not in given or isinstance(_unwrapped(exp.setting()[name]), nn.Module))):
+            continue  # versions of torch print layers differently, and have other options
+        differences.setdefault(name, []).append(f'{name}: {part}{" " * bool(part)}stored {a}, given {b}')
     return differences
 
 
@@ -765,53 +819,7 @@ def _weight_differences(exp, stored):
             for name in a | b if a.get(name) != b.get(name)][:10]
 
 
-def _open(exp, stored):
-    """Goes on from the checkpoint that was found, if its settings agree, or writes the first one. Where
-    optimizer and schedule may differ the new ones count, the schedule as if from the first epoch."""
-    differences = _compare_settings(exp, stored) if stored else {}
-    epochs = stored.get('History', [0]) if stored else []  # without any, there is nothing to lose
-    if conflicts := [name for name in differences if name not in exp.allow] if epochs else []:
-        advice = '' if 'Weights' in conflicts else f'; allow={tuple(differences)!r} goes on with the new ones'
-        raise ValueError('\n  '.join([f'{exp.output_dir} holds a checkpoint made with other settings:',
-                                      *(line for name in conflicts for line in differences[name])])
-                         + f'\nUse the stored settings, or another output_dir to start anew{advice}.')
-    if epochs or stored and not differences:
-        groups = [{k: v for k, v in group.items() if k != 'params'} for group in exp.optimizer.param_groups]
-        changed = {'Optimizer', 'Scheduler'} & differences.keys()
-        if changed:  # the state of another kind of optimizer is of no use
-            kind = stored.get('Setting', {}).get('Optimizer', {}).get('')
-            stored = {name: value for name, value in stored.items() if name != 'Scheduler' and (
-                name != 'Optimizer' or kind == type(exp.optimizer).__name__)}
-        exp._take(stored)
-        for group, given in zip(exp.optimizer.param_groups, groups) if changed else ():
-            group.update(given)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch misses the steps of the optimizer
-            for entry in exp.history if changed else ():
-                _step_scheduler(exp, entry)
-    if not epochs or differences:
-        exp.save()
-        if _rank() == 0:
-            exp._read(exp.checkpoint_path)  # lest a training ends with what can't be read
-    exp._saved = exp.epoch
-    _put_aside_stale_best(exp)
-
-
-def _check_fit(exp, checkpoint):
-    """Raises ValueError if a checkpoint is not of these networks and optimizers."""
-    if missing := sorted({'Net', 'History', *(exp.also_save or ())} - checkpoint.keys()):
-        raise ValueError(f'the checkpoint has no {", ".join(missing)}')
-    if lines := _weight_differences(exp, checkpoint):
-        raise ValueError('\n  '.join(['the checkpoint is that of another network:', *lines]))
-    stored, given = ([len(group['params']) for group in optimizer['param_groups']]
-                     for optimizer in (checkpoint.get('Optimizer', exp.optimizer.state_dict()), exp.optimizer.state_dict()))
-    if stored != given:
-        raise ValueError(f'{os.path.dirname(exp.checkpoint_path)}: the stored optimizer has groups of {stored} parameters, '
-                         f'the one given of {given}. Give all groups from the start, and freeze and thaw by requires_grad_ '
-                         'and the rates of the groups (README, "Freeze, train, thaw, train on")')
-
-
-# --- history: from entries to rows -----------------------------------------------------------------
+# --- history: from entries to rows -------------------------------------------------------------------
 
 def _kept(value):
     """A summary as the history keeps it: tensors and arrays as tensors on the CPU, plain numbers and texts."""
@@ -862,30 +870,19 @@ def _line(exp):
                      if isinstance(value, (int, float)))
 
 
-def _also(exp):
-    """What the checkpoint keeps beside network and optimizer."""
-    more = {'Scheduler': exp._scheduler, 'Scaler': exp._scaler}
-    return {name: item for name, item in more.items() if item is not None} | (exp.also_save or {})
-
-
-def _load(items, states):
-    for name, item in items.items():
-        item.load_state_dict(copy.deepcopy(states[name]))
-
-
 def _step_scheduler(exp, entry):
     if exp._scheduler is not None:
         exp._scheduler.step(*[_score(exp, entry)] * isinstance(exp._scheduler, ReduceLROnPlateau))
 
 
-# --- devices and data ------------------------------------------------------------------------------
+# --- devices and data --------------------------------------------------------------------------------
 
 def find_device(name='auto'):
     """The device of that name, or the best one of this machine: CUDA (under torchrun, this process's
     own), MPS or CPU. Raises ValueError if it is not here."""
+    if name == 'auto' and torch.cuda.is_available():
+        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     if name == 'auto':
-        if torch.cuda.is_available():
-            return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
     try:
         return torch.empty(0, device=name).device
@@ -895,11 +892,10 @@ def find_device(name='auto'):
 
 
 def _device_of(net):
-    """Where a network is: where it says, else where its first parameter or buffer is."""
     if not isinstance(net, NeuralNetwork) and getattr(net, 'device', None) is not None:
-        return torch.device(net.device)
-    tensors = itertools.chain(nn.Module.named_parameters(net), nn.Module.named_buffers(net))
-    return next((tensor.device for _, tensor in tensors), torch.device('cpu'))
+        return torch.device(net.device)  # where it says it is
+    tensors = (t for found in (nn.Module.named_parameters(net), nn.Module.named_buffers(net)) for _, t in found)
+    return next((tensor.device for tensor in tensors), torch.device('cpu'))
 
 
 def _unwrapped(net):
@@ -915,7 +911,7 @@ def _map(change, value):
     """``change`` applied to all that is in lists, tuples and dicts."""
     if isinstance(value, dict):
         return {key: _map(change, part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)) and not hasattr(value, 'to'):
+    if isinstance(value, (list, tuple)) and not hasattr(value, 'to'):  # as a PackedSequence has
         parts = [_map(change, part) for part in value]
         return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)
     return change(value)
@@ -937,7 +933,7 @@ def _loader(exp, data, training=False):
     if isinstance(data, td.DataLoader):
         if training and data.persistent_workers:
             warnings.warn('persistent_workers go on with random numbers of their own: '
-                          'a resumed run does not repeat what they draw', stacklevel=4)
+                          'a resumed run does not repeat what they draw', stacklevel=5)
         return data
     name, world, size = 'train_set' if training else 'the data set to evaluate', _world_size(), exp.batch_size
     drop_last = exp.drop_last if training else exp.drop_last_in_evaluation
@@ -992,26 +988,26 @@ def _evaluating(exp, loader):
         exp.net.train(mode)
 
 
-def _autocast(exp):
-    if exp.precision == 'float32':
-        return contextlib.nullcontext()
-    return torch.autocast(_device_of(exp.net).type, dtype=getattr(torch, exp.precision))
+def _accumulate(exp, loader, stats):
+    """The statistics of one pass in evaluation mode."""
+    stats.init()
+    with _evaluating(exp, loader):
+        for batch in _batches(exp, loader):
+            loss, *rest = exp.step(batch)
+            stats.accumulate(float(loss), *rest)
 
 
-# --- random numbers --------------------------------------------------------------------------------
+# --- random numbers ----------------------------------------------------------------------------------
 
 def mix_seeds(*numbers):
     """A 63-bit seed made of several numbers, unlike that of any other combination."""
     return int(np.random.SeedSequence([int(n) % 2**64 for n in numbers]).generate_state(1, np.uint64)[0]) >> 1
 
 
-def _stored_seed(exp, stored):
-    """The seed of the checkpoint, or a new one from torch's generator, which stays as it was."""
+def _new_seed():
+    """Drawn from torch's generator, which stays as it was."""
     with torch.random.fork_rng(devices=[]):
-        seed = int(torch.randint(2**31, ()))
-    if stored:
-        seed = (stored.get('Setting') or _setting_of_config(exp.config_path)).get('Seed', {'': seed})['']
-    return int(_from_rank_0(seed))
+        return _from_all(int(torch.randint(2**31, ())))[0]
 
 
 @contextlib.contextmanager
@@ -1041,16 +1037,7 @@ def _randomness(seed, epoch, loader, rank=0):
                 sampler.set_epoch(old)
 
 
-# --- processes -------------------------------------------------------------------------------------
-
-def _start_distributed():
-    """Joins the processes that torchrun started, once."""
-    if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(find_device())
-        dist.init_process_group()
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-
+# --- processes ---------------------------------------------------------------------------------------
 
 def _world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -1060,20 +1047,11 @@ def _rank():
     return dist.get_rank() if _world_size() > 1 else 0
 
 
-def _from_rank_0(value):
-    """The value that the first process has: all must decide alike."""
-    values = [value]
-    if _world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 def _from_all(value):
     """What each process has, in the order of their ranks, on the CPU."""
-    if _world_size() == 1:
-        return [value]
-    values = [None] * _world_size()
-    dist.all_gather_object(values, _to(value, torch.device('cpu')))
+    values = [value] * _world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, _to(value, torch.device('cpu')))
     return values
 
 
@@ -1100,6 +1078,8 @@ def _locked(path):
     with open(f'{path}.lock', 'a') as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError('another process has just removed the file')
         except (BlockingIOError, PermissionError):
             raise RuntimeError(f'{os.path.dirname(path)} is in use: another process trains there. Wait for it, '
                                'stop it, or give another output_dir') from None
@@ -1123,7 +1103,7 @@ def _say(text):
             print(text, flush=True)
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------------
 
 def _write(path, write):
     """Calls ``write(file)`` and puts the result at ``path`` at once: all of it, or nothing."""
@@ -1181,7 +1161,7 @@ def _put_aside_stale_best(exp):
         _say(f'{path} is not of the best epoch any more: it is now {path}.old')
 
 
-# --- files of 2019, and those without settings -----------------------------------------------------
+# --- files of 2019, and those without settings -------------------------------------------------------
 
 def _numpy_scalars():
     """What the unpickler needs for numpy's numbers and arrays, which old histories have."""
@@ -1192,25 +1172,25 @@ def _numpy_scalars():
         *{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'}]
 
 
-def _setting_of_config(path):
-    """``config.txt`` as a dict like that of `_describe_settings`; of objects only the class."""
+def _settings_of_config(path):
+    """``config.txt`` as a flat dict like that of `_describe_settings`; of objects only the class."""
     def plain(text):
         with contextlib.suppress(ValueError, SyntaxError):
-            return _describe(ast.literal_eval(text))['']
-        return _clean(text)
+            return _plain(ast.literal_eval(text))
+        return _plain(text)
 
-    setting = {}
+    settings, pieces = {}, []
     if os.path.isfile(path):
         with open(path, encoding='utf-8', errors='replace') as file:
             pieces = re.split(r'^(\w+)\(', file.read(), flags=re.MULTILINE)[1:]
-        for name, text in zip(pieces[::2], (piece.strip()[:-1].strip() for piece in pieces[1::2])):
-            head, *groups = text.split('Parameter Group')
-            called = re.match(r'(\w+) ?\(', head)  # a network, or an optimizer
-            setting[name] = {'': called[1] if called and name not in ('TrainSet', 'ValSet') else plain(text)}
-            for k, group in enumerate(groups):
-                options = {key: plain(word) for key, word in re.findall(r'^\s+(\w+): (.*?)\s*$', group, flags=re.MULTILINE)}
-                options['lr'] = options.pop('initial_lr', options.get('lr'))
-                setting[name] |= {f'{key}{f" of group {k}" if k else ""}': value for key, value in options.items()}
-    if 'BatchSize' not in setting:
+    for name, text in zip(pieces[::2], (piece.strip()[:-1].strip() for piece in pieces[1::2])):
+        head, *groups = text.split('Parameter Group')
+        called = re.match(r'(\w+) ?\(', head) if name not in ('TrainSet', 'ValSet') else None  # a network or optimizer
+        settings[name] = called[1] if called else plain(text)
+        for k, group in enumerate(groups):
+            options = {key: plain(word) for key, word in re.findall(r'^\s+(\w+): (.*?)\s*$', group, flags=re.MULTILINE)}
+            options['lr'] = options.pop('initial_lr', options.get('lr'))
+            settings |= {f'{name}: {option}' + f' of group {k}' * (k > 0): value for option, value in options.items()}
+    if 'BatchSize' not in settings:
         _say(f'{path} can not be read: only the parameters of the network are compared')
-    return setting
+    return settings
