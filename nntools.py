@@ -679,7 +679,7 @@ def _check_arguments(exp):
             (exp.val_set is None and exp.perform_validation_during_training,
              'perform_validation_during_training needs a val_set, got None'),
             (taken := exp.also_save.keys() & (KEYS | {'Seconds', 'Best', 'Setting', 'Format', 'Scheduler', 'Scaler'}),
-             f'also_save has {taken}, which the checkpoint has already: take another name')):
+             f'also_save[{min(taken, default="")!r}] needs another name: the checkpoint has that one already')):
         if wrong:
             raise ValueError(message)
 
