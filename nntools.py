@@ -213,9 +213,8 @@ class Experiment:
     also_save: dict = None  # name to what has state_dict and load_state_dict: a second optimizer, averages
     allow: tuple = ()  # settings that may differ from the checkpoint's: ``('Optimizer', 'Scheduler')``
 
-    # For subclasses of 2019, which need not call __init__.
-    train_loader = val_loader = _scheduler = _saved = _untrained = None
-    _state = None  # what a run that was left goes back to
+    # For subclasses of 2019, which need not call __init__. (_state: what a run that was left goes back to.)
+    train_loader = val_loader = _scheduler = _saved = _untrained = _state = None
     batch, _seconds, _stopped, _scaler = 0, (), False, torch.amp.GradScaler(enabled=False)
 
     def __post_init__(self, scheduler):
@@ -253,6 +252,8 @@ class Experiment:
         continues from there. A loss or weights that are not finite raise FloatingPointError.
         """
         _check_whole('num_epochs', num_epochs, 0)
+        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
+            raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
         callback, mode = callback or plot, self.net.training
         lock = _locked(self.checkpoint_path) if self.epoch < num_epochs else contextlib.nullcontext()
         with lock, torch.no_grad(), _progress_bar(self.train_loader) as bar:
@@ -375,10 +376,9 @@ class Experiment:
         return stats.summarize()
 
     def predict(self, data, targets=False):
-        """The network's outputs for all of ``data``, in order: a tensor (N, ...) on the CPU; with
-        ``targets`` a pair of it and what was desired. ``data`` is a tensor of inputs (N, ...), a data
-        set, or a `DataLoader`, whose data set is gone through in order. Of outputs in a tuple the first
-        is taken. Under torchrun each process computes them all."""
+        """The network's outputs (of several, the first) for all of ``data``, in order: a tensor (N, ...) on
+        the CPU; with ``targets`` a pair of it and what was desired. ``data`` is a tensor of inputs (N, ...),
+        a data set, or a `DataLoader`, whose data set is gone through in order."""
         collate = None if isinstance(data, torch.Tensor) else getattr(data, 'collate_fn', self.collate_fn)
         data = data.dataset if isinstance(data, td.DataLoader) else data
         loader, outputs, desired = td.DataLoader(data, self.batch_size, collate_fn=collate), [], []
@@ -432,42 +432,33 @@ class Experiment:
                 **{name: item.state_dict() for name, item in _also(self).items()}}
 
     def load_state_dict(self, checkpoint):
-        """Takes over a state that `state_dict` returned, or one of the original helper. Raises
-        ValueError, and leaves everything as it was, if it doesn't fit network or optimizer."""
+        """Takes over a state that `state_dict` returned, or one of the original helper. ValueError: it
+        doesn't fit network or optimizer; everything is left as it was."""
         _check_fit(self, checkpoint)
         history = [_kept(entry) for entry in checkpoint['History']]
-        items = {name: item for name, item in _also(self).items() if name in checkpoint}
-        before = copy.deepcopy({name: item.state_dict() for name, item in items.items()})
-        try:
-            _load(items, checkpoint)
-        except Exception:
-            _load(items, before)
-            raise
+        _load(_also(self), checkpoint)
         _unwrapped(self.net).load_state_dict(checkpoint['Net'])
         if 'Optimizer' in checkpoint:
-            _load({'Optimizer': self.optimizer}, checkpoint)
+            self.optimizer.load_state_dict(copy.deepcopy(checkpoint['Optimizer']))
         self.history = history
         self._seconds = list(checkpoint.get('Seconds', [math.nan] * self.epoch))
 
     def save(self, path=None):
-        """Writes a checkpoint (default: ``checkpoint.pth.tar``), and beside the first one ``config.txt``,
-        for people. The file that was there stays whole until the new one is complete. During a run, and
-        after one that was left, what is written is the last epoch that was finished."""
+        """Writes a checkpoint (default: ``checkpoint.pth.tar``) of the last finished epoch, all of it or
+        nothing; and beside the first one ``config.txt``, for people."""
         if _rank() == 0 and not os.path.isfile(self.config_path):
             _write(self.config_path, lambda file: file.write(f'{self!r}\n'.encode()))
         _save(self._state or self.state_dict(), path or self.checkpoint_path)
         self._saved = self.epoch if path is None else self._saved
 
     def load(self, path=None):
-        """Goes back to a checkpoint (default: the last), history and all.
-        Raises RuntimeError if the file can't be read, and says why and what to do."""
+        """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read."""
         _take(self, self._read(path or self.checkpoint_path))
         self._saved = None
         _put_aside_stale_best(self)
 
     def load_best(self):
-        """Takes the weights of the best epoch, those of ``best.pth.tar``. History and optimizer stay.
-        Raises RuntimeError if there are none: give ``best_by`` before training."""
+        """Takes the weights of the best epoch (see ``best_by``). History and optimizer stay."""
         _unwrapped(self.net).load_state_dict(self._read(self.best_path)['Net'])
 
     def _read(self, path):
@@ -476,15 +467,13 @@ class Experiment:
     def setting(self):
         """The settings, by name, that a checkpoint must share with the experiment that loads it.
         Subclasses may add their own. Stored and compared are plain values and texts (`repr`)."""
-        sets = {'TrainSet': getattr(self, 'train_set', None), 'ValSet': getattr(self, 'val_set', None)}
-        ready = {name: data for name, data in sets.items() if isinstance(data, td.DataLoader)}
-        sizes = {f'{name}Size': operator.length_hint(ready[name].dataset if name in ready else data)
-                 for name, data in sets.items()}
-        return {'Net': self.net, **sets, 'Optimizer': self.optimizer, 'StatsManager': self.stats_manager,
-                'BatchSize': ready['TrainSet'].batch_size if 'TrainSet' in ready else self.batch_size,
+        train_set, val_set = getattr(self, 'train_set', None), getattr(self, 'val_set', None)
+        ready = isinstance(train_set, td.DataLoader)
+        return {'Net': self.net, 'TrainSet': train_set, 'ValSet': val_set, 'Optimizer': self.optimizer,
+                'StatsManager': self.stats_manager, 'BatchSize': train_set.batch_size if ready else self.batch_size,
                 'PerformValidationDuringTraining': self.perform_validation_during_training,
-                **{name: size for name, size in sizes.items() if size}, 'Seed': self.seed, 'Precision': self.precision,
-                'GradClip': self.grad_clip and float(self.grad_clip), 'BatchesPerStep': self.batches_per_step,
+                'TrainSetSize': _size(train_set), 'ValSetSize': _size(val_set), 'Seed': self.seed,
+                'Precision': self.precision, 'GradClip': self.grad_clip, 'BatchesPerStep': self.batches_per_step,
                 'DropLast': self.drop_last, 'Scheduler': self._scheduler}
 
     def __repr__(self):
@@ -552,8 +541,6 @@ def _copied_state(exp):
 
 def _begin(exp, num_epochs):
     """Starts from a whole state, and remembers it."""
-    if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
-        raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
     if exp._state is not None:  # a run was left, and interrupted again on its way back
         _take(exp, exp._state)
     exp.seed = _new_seed() if exp.seed is None else exp.seed
@@ -611,8 +598,15 @@ def _also(exp):
 
 
 def _load(items, states):
-    for name, item in items.items():
-        item.load_state_dict(copy.deepcopy(states[name]))
+    """Each item takes the state of its name, if there is one; if one of them can't, none does."""
+    items = [(item, states[name], copy.deepcopy(item.state_dict())) for name, item in items.items() if name in states]
+    try:
+        for item, state, _ in items:
+            item.load_state_dict(copy.deepcopy(state))
+    except Exception:
+        for item, _, before in items:
+            item.load_state_dict(before)
+        raise
 
 
 def _check_fit(exp, checkpoint):
@@ -966,6 +960,10 @@ class _Shuffle(td.DistributedSampler):
         order = super().__iter__()
         self.epoch += 1
         return order
+
+
+def _size(data):
+    return operator.length_hint(data.dataset if isinstance(data, td.DataLoader) else data) or None
 
 
 def _batches(exp, loader):
