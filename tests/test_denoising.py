@@ -548,6 +548,7 @@ def test_psnr_is_the_mean_over_images_whatever_the_batches(sizes):
     d = torch.rand(sum(sizes), 3, 8, 8, generator=random) * 2 - 1
     y = d + torch.rand(len(d), 1, 1, 1, generator=random) * torch.randn(d.shape, generator=random)
     stats = du.DenoisingStatsManager()
+    stats.init()
     for y_batch, d_batch in zip(y.split(sizes), d.split(sizes)):
         stats.accumulate((y_batch - d_batch).square().mean().item(), y_batch, y_batch, d_batch)
     by_hand = [10 * math.log10(4 / (a - b).double().square().mean().item()) for a, b in zip(y, d)]
@@ -721,7 +722,8 @@ def test_levels_command(folder, tmp_path, capsys, monkeypatch):
     measured = capsys.readouterr().out
     du.main(words)
     assert capsys.readouterr().out == measured
-    noisy, dudncnn, scaled = ([cell.strip() for cell in row.split('|')[2:-1]] for row in measured.splitlines()[2:5])
+    rows = {row.split('|')[1].strip(): [cell.strip() for cell in row.split('|')[2:-1]] for row in measured.splitlines()[2:6]}
+    noisy, dudncnn, scaled = (rows[name] for name in ('noisy', 'dudncnn', 'dudncnn_scaled'))
     assert noisy == dudncnn and scaled == [*5 * [''], noisy[-1]]
     assert float(noisy[4]) == pytest.approx(20 * math.log10(255 / 30), abs=0.05)
     assert '| FFDNet |  | 35.83 | 33.53 | 30.82 | 29.92 | 27.54 |' in measured

@@ -302,7 +302,7 @@ def processes(folder):
     said['steps'] = exp.stats_manager.number_update
     short = nt.Experiment(exp.net, td.Subset(Data(), range(7)), Data(7), exp.optimizer, AllKinds(), str(folder / 'short'), 4)
     short.run(1)
-    said['trained on'] = short.history[0]['count']
+    said['trained on'] = plain(short.history[0])['count']
     try:
         nt.Experiment(exp.net, Data(), Data(), exp.optimizer, Stats(), str(folder / 'odd'), 3)
     except ValueError as error:
