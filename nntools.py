@@ -631,8 +631,8 @@ def _check_whole(name, value, least):
         raise ValueError(f'{name} must be a whole number, {least} or more, got {value!r}')
 
 
-def _check_arguments(exp):
-    """Raises TypeError or ValueError for what can't work, before anything is made or written."""
+def _check_kinds(exp):
+    """Raises TypeError for an argument that is something else, and for a step that takes something else."""
     criterion = 'criterion' if type(exp).step is Experiment.step else 'state_dict'
     for name, value, attributes, what in (
             ('net', exp.net, 'state_dict named_modules', 'a torch.nn.Module'),
@@ -650,6 +650,11 @@ def _check_arguments(exp):
         except TypeError:
             raise TypeError(f'{type(exp).__name__}.{name} must take one argument, as that of nntools does: '
                             'see its docstring, or rename yours') from None
+
+
+def _check_arguments(exp):
+    """Raises TypeError or ValueError for what can't work, before anything is made or written."""
+    _check_kinds(exp)
     for field in dataclasses.fields(Experiment):
         value, words = getattr(exp, field.name), get_args(field.type)
         if words and value not in words:
