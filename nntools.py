@@ -83,7 +83,8 @@ class NeuralNetwork(nn.Module, ABC):
     """A module with a loss. Subclasses define ``forward`` and ``criterion``.
 
     `parameters()` and `named_parameters()` show only what requires a gradient, so that an optimizer
-    built from them leaves frozen layers alone. `state_dict()` holds everything.
+    built from them leaves frozen layers alone. `state_dict()` holds everything. (`AveragedModel` goes by
+    `parameters()`: of a network to be frozen, give it ``torch.nn.ModuleList([net])``.)
     """
 
     @property
@@ -1086,10 +1087,13 @@ def _locked(path):
         except (BlockingIOError, PermissionError):
             raise RuntimeError(f'{os.path.dirname(path)} is in use: another process trains there. Wait for it, '
                                'stop it, or give another output_dir') from None
+        except OSError:  # a file system without locks
+            pass
         try:
             yield
         finally:
-            os.remove(file.name)
+            with contextlib.suppress(OSError):
+                os.remove(file.name)
 
 
 def _progress_bar(loader):
