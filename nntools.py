@@ -780,7 +780,7 @@ def _describe_settings(exp):
             known[name] = key, value, _describe(name, value)
         described |= known[name][2]
     try:
-        kinds = [c for c in type(_unwrapped(exp.net)).__mro__ if c.__module__.split('.')[0] not in ('torch', 'builtins', 'abc')]
+        kinds = [c for c in type(_unwrapped(exp.net)).__mro__ if c.__module__.split('.')[0] not in ('torch', 'builtins', 'abc', __name__)]
         source = '\n'.join(map(inspect.getsource, kinds))
     except (OSError, TypeError):  # made in a console
         source = ''
