@@ -1098,6 +1098,17 @@ def score_levels(name, root_dir):
     return rows
 
 
+def by_level(file, clip=False):
+    """The mean PSNR at each of `LEVELS`, from a file of scores (see `score_levels`), with FFDNet's: a dict
+    of the network's name to a list, with NaN where nothing was measured."""
+    sets = [f'sigma {sigma}' + ', 8 bits' * clip for sigma in LEVELS]
+    columns = [{name: values.mean() for name, values in read_scores(file, which).items()} for which in sets]
+    for which, column in zip(sets, columns):
+        column |= {name: values[which] for name, values in (('FFDNet', FFDNET), ('FFDNet-Clip', FFDNET_CLIP)) if which in values}
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name: [column.get(name, math.nan) for column in columns] for name in names}
+
+
 def over_photographs(difference):
     """The mean of an array of paired differences, one a photograph, and half its 95 % interval: what
     other photographs of the same kind would give with the *same* trained networks."""
@@ -1258,15 +1269,11 @@ def levels(args):
     if args.retest:
         for name in args.nets:
             write_scores(args.scores, score_levels(name, find_photographs(args.data)))
-    for noise in ('', ', 8 bits'):
-        sets = [f'sigma {sigma}{noise}' for sigma in LEVELS]
-        scores = [{net: values.mean() for net, values in read_scores(args.scores, which).items()} for which in sets]
-        for row, which in zip(scores, sets):
-            row |= {name: values[which] for name, values in (('FFDNet', FFDNET), ('FFDNet-Clip', FFDNET_CLIP)) if which in values}
-        print('| PSNR (dB), ' + ('clipped to 8 bits' if noise else 'not clipped') + ''.join(f' | σ = {sigma}' for sigma in LEVELS) + ' |')
+    for clip in (False, True):
+        print('| PSNR (dB), ' + ('clipped to 8 bits' if clip else 'not clipped') + ''.join(f' | σ = {sigma}' for sigma in LEVELS) + ' |')
         print('|---' * (len(LEVELS) + 1) + '|')
-        for name in dict.fromkeys(name for row in scores for name in row):
-            print(f'| {name} | ' + ' | '.join(f'{row[name]:.2f}' if name in row else '' for row in scores) + ' |')
+        for name, values in by_level(args.scores, clip).items():
+            print(f'| {name} | ' + ' | '.join('' if math.isnan(value) else f'{value:.2f}' for value in values) + ' |')
         print()
 
 
