@@ -1141,7 +1141,7 @@ def make_experiment(args):
     """
     torch.manual_seed(args.seed)
     if args.start:
-        net = load_network(args.start)[0]
+        net = load_network(args.net, args.start)[0]
         net = fold_batch_norm(net) if args.batch_norm == 'none' else net
     else:
         net = make_network(args.net, args.D, C=args.C, he_init=args.he_init, batch_norm=args.batch_norm,
@@ -1358,8 +1358,8 @@ def parse(words=None):
     add('--D', type=int, default=6, help='blocks')
     add('--C', type=int, default=64, help='features per layer')
     add('--batch-norm', choices=('usual', 'course', 'none'), default='usual', help='see DnCNN')
-    add('--start', metavar='NET', help='go on from the trained network checkpoints/NET (with --batch-norm none, '
-        'its batch norm becomes part of its convolutions)')
+    add('--start', metavar='FOLDER', help='go on from the trained network in a folder, as in checkpoints/dudncnn '
+        '(with --batch-norm none, its batch norm becomes part of its convolutions)')
     add('--he-init', action=argparse.BooleanOptionalAction, default=True, help="He's initialisation, see DnCNN")
     add('--zero-last', action=argparse.BooleanOptionalAction, default=True, help='start as the identity')
     add('--sigma', type=float, nargs='+', default=[30], help='noise level, 0..255, or the lowest and the highest')
