@@ -773,7 +773,7 @@ def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32):
 
     Each tile is read with a margin of half the receptive field or more, and cut where the pooling
     cells of the whole image would be, so that the result is that of the untiled image up to rounding.
-    A progress bar shows on a terminal.
+    A progress bar shows in a terminal or notebook, unless TQDM_DISABLE is set.
 
     Args:
         net: a network for three channels, on any device.
@@ -795,7 +795,7 @@ def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32):
     net.eval()
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         for top, left in tqdm([*itertools.product(range(0, height, tile), range(0, width, tile))], unit='tile',
-                              leave=False, disable=None):
+                              leave=False, disable=bool(os.environ.get('TQDM_DISABLE')) or None):
             first_row, first_column = max(0, top - margin), max(0, left - margin)
             part = image[:, first_row:top + tile + margin, first_column:left + tile + margin].to(device)
             part = to_floats(part).expand(1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
