@@ -24,10 +24,9 @@ tqdm, on Python 3.10 or newer. A complete use::
     print(exp.evaluate())
 
 Run it twice: the second time it finds its checkpoint in ``line/`` and has nothing left to do.
-Ask for 40 epochs and it goes on from the 20th, exactly as if it had never stopped.
-
-Started by ``torchrun``, the same script trains on all its processes. The interface is that of the
-helper of the UCSD course ECE 285 (C. Deledalle, 2019): its programs and checkpoints keep working.
+Ask for 40 epochs and it goes on from the 20th, exactly as if it had never stopped. Started by
+``torchrun``, it trains on all its processes. The interface is that of the helper of the UCSD course
+ECE 285 (C. Deledalle, 2019): its programs and checkpoints keep working.
 """
 import ast
 import codecs
@@ -37,6 +36,7 @@ import csv
 import dataclasses
 import difflib
 import inspect
+import itertools
 import math
 import operator
 import os
@@ -69,18 +69,9 @@ KEYS = {'Net', 'Optimizer', 'History'}  # of every checkpoint
 
 # --- network and statistics ------------------------------------------------------------------------
 
-class readable:
-    """A property that a subclass may cover with an attribute of its own, as those of 2019 do."""
-
-    def __init__(self, get):
-        self.get, self.__doc__ = get, get.__doc__
-
-    def __get__(self, instance, owner=None):
-        return self if instance is None else self.get(instance)
-
-
 class NeuralNetwork(nn.Module, ABC):
-    """A module with a loss. Subclasses define ``forward`` and ``criterion``.
+    """A module with a loss. Subclasses define ``forward(x)``, the prediction for a batch, and
+    ``criterion(y, d)``, the loss of a prediction y when d was desired: a tensor with one element.
 
     `parameters()` and `named_parameters()` show only what requires a gradient, so that an optimizer
     built from them leaves frozen layers alone. `state_dict()` holds everything. (`AveragedModel` goes by
@@ -93,22 +84,29 @@ class NeuralNetwork(nn.Module, ABC):
         return _device_of(self)
 
     def named_parameters(self, *args, **kwargs):
-        """As in `torch.nn.Module`, without the parameters that are frozen."""
         return ((name, p) for name, p in super().named_parameters(*args, **kwargs) if p.requires_grad)
 
     def requires_grad_(self, requires_grad=True):
-        """As in `torch.nn.Module`: freezes all parameters, or thaws all, the frozen ones too."""
+        """Freezes all parameters, or thaws all, those that are frozen too."""
         for _, parameter in super().named_parameters():
             parameter.requires_grad_(requires_grad)
         return self
 
     @abstractmethod
-    def forward(self, x):
-        """The prediction for a batch ``x``."""
+    def forward(self, x): ...
 
     @abstractmethod
-    def criterion(self, y, d):
-        """The loss of the prediction ``y`` when ``d`` was desired: a tensor with one element."""
+    def criterion(self, y, d): ...
+
+
+class readable:
+    """A property that a subclass may cover with an attribute of its own, as those of 2019 do."""
+
+    def __init__(self, get):
+        self.get, self.__doc__ = get, get.__doc__
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else self.get(instance)
 
 
 class StatsManager:
@@ -174,8 +172,8 @@ class StatsManager:
             return len(x)
         if isinstance(x, dict) and len(sizes) == 1:
             return sizes.pop()
-        raise TypeError(f'how many samples are in a batch with a {type(x).__name__} of {len(_tensors(x))} tensors? '
-                        f'Override {type(self).__name__}.count_samples(x, d)')
+        raise TypeError(f'how many samples are in a batch with a {type(x).__name__} of {len(_tensors(x))} '
+                        f'tensors? Override {type(self).__name__}.count_samples(x, d)')
 
 
 # --- the experiment --------------------------------------------------------------------------------
@@ -198,7 +196,7 @@ class Experiment:
     batch_size: int = 16  # samples of a batch, over all processes
     perform_validation_during_training: bool = False  # `history` then has pairs (training, validation)
     _: dataclasses.KW_ONLY
-    seed: int = None  # of batch order, dropout, noise; default: the checkpoint's, at first drawn from torch's generator
+    seed: int = None  # of batch order, dropout, noise; default: the checkpoint's, at first from torch's generator
     device: str = None  # 'cuda', 'mps', 'cpu' or 'auto': where ``net`` is moved; by default it stays
     scheduler: dataclasses.InitVar[object] = None  # stepped after each epoch, `ReduceLROnPlateau` with ``best_by``
     grad_clip: float = None  # upper bound on the norm of the gradient
@@ -226,10 +224,9 @@ class Experiment:
             torch.cuda.is_available() and torch.cuda.set_device(find_device())
             dist.init_process_group()
         if self.device is not None:
-            device = find_device(self.device)
-            self.net.to(device)
+            self.net.to(find_device(self.device))
             if 'device' in vars(self.net):
-                self.net.device = device
+                self.net.device = find_device(self.device)
         self.device = _device_of(self.net)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
         self.output_dir = os.path.expanduser(self.output_dir or f'experiment_{_from_all(time.time())[0]}')
@@ -253,11 +250,8 @@ class Experiment:
         continues from there. A loss or weights that are not finite raise FloatingPointError.
         """
         _check_whole('num_epochs', num_epochs, 0)
-        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
-            raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
         callback, mode = callback or plot, self.net.training
-        lock = _locked(self.checkpoint_path) if self.epoch < num_epochs else contextlib.nullcontext()
-        with lock, torch.no_grad(), _progress_bar(self.train_loader) as bar:
+        with _locked(self, num_epochs), torch.no_grad(), _progress_bar(self.train_loader) as bar:
             try:
                 _begin(self, num_epochs)
                 _call(self, callback)
@@ -282,11 +276,9 @@ class Experiment:
         if self.precision != 'float32':
             autocast = torch.autocast(_device_of(self.net).type, dtype=getattr(torch, self.precision))
         bar.reset()
-        self.net.train()
         self.stats_manager.init()
-        with _randomness(self.seed, self.epoch + 1, self.train_loader, _rank()):
-            for number, batch in enumerate(_batches(self, self.train_loader), start=1):
-                self.batch = number
+        with _one_pass(self, self.train_loader, self.epoch + 1):
+            for self.batch, batch in enumerate(_batches(self, self.train_loader), start=1):
                 with torch.enable_grad(), autocast:
                     loss, x, y, d = self.step(batch)
                 loss = float(loss)
@@ -294,8 +286,8 @@ class Experiment:
                     raise _not_finite(self, f'the loss is {loss}', batch)
                 for part in _from_all((loss, x, y, d)):
                     self.stats_manager.accumulate(*part)
-                if number == 1 and not self.perform_validation_during_training:
-                    _check_summary(self)
+                if self.batch == 1:
+                    _check_statistics(self)
                 if after_batch is not None:
                     after_batch(self, loss)
                 if not bar.disable:
@@ -304,7 +296,6 @@ class Experiment:
         if not all(torch.isfinite(p).all() for p in self.net.parameters()):  # spoilt by the last update
             raise _not_finite(self, 'weights are not finite', batch)
         self.batch = 0
-        self.net.eval()
         for buffer in self.net.buffers() if _world_size() > 1 else ():
             dist.broadcast(buffer, 0)  # the batch-norm statistics of the first process count
         summary = _kept(self.stats_manager.summarize())
@@ -373,7 +364,11 @@ class Experiment:
         if loader is None:
             raise ValueError('there is nothing to evaluate: val_set is None; pass a data set')
         stats = copy.copy(self.stats_manager) if self.batch else self.stats_manager  # called by a step, or not
-        _accumulate(self, loader, stats)
+        stats.init()
+        with _one_pass(self, loader):
+            for batch in _batches(self, loader):
+                loss, *rest = self.step(batch)
+                stats.accumulate(float(loss), *rest)
         return stats.summarize()
 
     def predict(self, data, targets=False):
@@ -383,7 +378,7 @@ class Experiment:
         collate = None if isinstance(data, torch.Tensor) else getattr(data, 'collate_fn', self.collate_fn)
         data = data.dataset if isinstance(data, td.DataLoader) else data
         loader, outputs, desired = td.DataLoader(data, self.batch_size, collate_fn=collate), [], []
-        with _evaluating(self, loader):
+        with _one_pass(self, loader):
             for batch in _batches(self, loader):
                 y, d = (self.net(batch), None) if isinstance(batch, torch.Tensor) else self.step(batch)[2:]
                 outputs.append((y[0] if isinstance(y, (tuple, list)) else y).cpu())
@@ -427,43 +422,48 @@ class Experiment:
 
     def state_dict(self):
         """All that `load_state_dict` needs to go on as if nothing had happened."""
-        return {'Net': _unwrapped(self.net).state_dict(), 'Optimizer': self.optimizer.state_dict(),
-                'History': self.history, 'Seconds': list(self._seconds), 'Best': (self.best_by, self.best_mode),
-                'Setting': _describe_settings(self), 'Format': FORMAT,
-                **{name: item.state_dict() for name, item in _also(self).items()}}
+        return {name: item.state_dict() for name, item in _items(self).items()} | {
+            'History': self.history, 'Seconds': list(self._seconds), 'Best': (self.best_by, self.best_mode),
+            'Setting': _settings(self), 'Format': FORMAT}
 
     def load_state_dict(self, checkpoint):
         """Takes over a state that `state_dict` returned, or one of the original helper. ValueError: it
         doesn't fit network or optimizer; everything is left as it was."""
-        _check_fit(self, checkpoint)
+        if missing := sorted({'Net', 'History', *(self.also_save or ())} - checkpoint.keys()):
+            raise ValueError(f'the checkpoint has no {", ".join(missing)}')
+        items = {name: item for name, item in _items(self).items() if name in checkpoint}
+        before = copy.deepcopy({name: item.state_dict() for name, item in items.items()})
         history = [_kept(entry) for entry in checkpoint['History']]
-        _load(_also(self), checkpoint)
-        _unwrapped(self.net).load_state_dict(checkpoint['Net'])
-        if 'Optimizer' in checkpoint:
-            self.optimizer.load_state_dict(copy.deepcopy(checkpoint['Optimizer']))
-        self.history = history
-        self._seconds = list(checkpoint.get('Seconds', [math.nan] * self.epoch))
+        try:
+            for name, item in items.items():
+                item.load_state_dict(copy.deepcopy(checkpoint[name]))
+        except Exception as error:
+            for key, item in items.items():
+                item.load_state_dict(before[key])
+            raise ValueError(f'{self.output_dir} holds another {name}: {error}. Give all groups '
+                             'of an optimizer from the start, and freeze and thaw by requires_grad_ and their rates '
+                             '(README, "Freeze, train, thaw, train on")') from error
+        self.history, self._seconds = history, list(checkpoint.get('Seconds', [math.nan] * len(history)))
 
     def save(self, path=None):
         """Writes a checkpoint (default: ``checkpoint.pth.tar``) of the last finished epoch, all of it or
         nothing; and beside the first one ``config.txt``, for people."""
-        if _rank() == 0 and not os.path.isfile(self.config_path):
-            _write(self.config_path, lambda file: file.write(f'{self!r}\n'.encode()))
-        _save(self._state or self.state_dict(), path or self.checkpoint_path)
+        if _rank() == 0:
+            if not os.path.isfile(self.config_path):
+                _write(self.config_path, lambda file: file.write(f'{self!r}\n'.encode()))
+            state = self._state or self.state_dict()
+            _write(path or self.checkpoint_path, lambda file: torch.save(state, file))
         self._saved = self.epoch if path is None else self._saved
 
     def load(self, path=None):
         """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read."""
-        _take(self, self._read(path or self.checkpoint_path))
+        _take(self, _read(self, path or self.checkpoint_path))
         self._saved = None
         _put_aside_stale_best(self)
 
     def load_best(self):
         """Takes the weights of the best epoch (see ``best_by``). History and optimizer stay."""
-        _unwrapped(self.net).load_state_dict(self._read(self.best_path)['Net'])
-
-    def _read(self, path):
-        return load_checkpoint(path, keys=KEYS if type(self).state_dict is Experiment.state_dict else set())
+        _unwrapped(self.net).load_state_dict(_read(self, self.best_path)['Net'])
 
     def setting(self):
         """The settings, by name, that a checkpoint must share with the experiment that loads it.
@@ -483,10 +483,16 @@ class Experiment:
 
 # --- state: what a run begins with, keeps, and goes back to ------------------------------------------
 
+def _items(exp):
+    """What has a state of its own, by its name in the checkpoint."""
+    items = {'Net': _unwrapped(exp.net), 'Optimizer': exp.optimizer, 'Scheduler': exp._scheduler,
+             'Scaler': exp._scaler if exp._scaler.is_enabled() else None, **(exp.also_save or {})}
+    return {name: item for name, item in items.items() if item is not None}
+
+
 def _open(exp):
-    """Goes on from the checkpoint in the folder, if its settings agree, or writes the first one. Where
-    optimizer and schedule may differ the new ones count, the schedule as if from the first epoch."""
-    stored = exp._read(exp.checkpoint_path) if _from_all(os.path.isfile(exp.checkpoint_path))[0] else {}
+    """Goes on from the checkpoint in the folder, if its settings agree, or writes the first one."""
+    stored = _read(exp, exp.checkpoint_path) if _from_all(os.path.isfile(exp.checkpoint_path))[0] else {}
     old = (stored.get('Setting') or _settings_of_config(exp.config_path)) if stored else {}
     exp.seed = old.get('Seed', _new_seed()) if exp.seed is None else exp.seed
     if exp.best_by is None:
@@ -495,23 +501,28 @@ def _open(exp):
     exp.val_loader = None if exp.val_set is None else _loader(exp, exp.val_set)
     for tensor in exp.net.state_dict().values() if _world_size() > 1 else ():
         dist.broadcast(tensor, 0)  # all start from the weights of the first process
-    differences, trained = _compare_settings(exp, stored, old), bool(stored.get('History', stored))
-    if trained and (conflicts := [name for name in differences if name not in exp.allow]):
-        lines = [line for name in conflicts for line in differences[name]]
-        advice = '' if 'Weights' in conflicts else f'; allow={tuple(differences)!r} goes on with the new ones'
+    differences, trained = _compare_settings(exp, old), bool(stored.get('History', stored))
+    if trained and not differences.keys() <= set(exp.allow):
+        lines = [line for name in differences if name not in exp.allow for line in differences[name]]
         raise ValueError('\n  '.join([f'{exp.output_dir} holds a checkpoint made with other settings:', *lines])
-                         + f'\nUse the stored settings, or another output_dir to start anew{advice}.')
-    if trained or stored and not differences:  # before the first epoch, there is nothing to lose
-        _take_with_changes(exp, stored, {'Optimizer', 'Scheduler'} & differences.keys())
+                         + '\nUse the stored settings, or another output_dir to start anew; '
+                         f'allow={tuple(differences)!r} goes on with the new ones.')
+    with contextlib.nullcontext() if trained else contextlib.suppress(ValueError):
+        if trained or stored and not differences:  # before the first epoch, there is nothing to lose
+            _take_with_changes(exp, stored, {'Optimizer', 'Scheduler'} & differences.keys())
     if not trained or differences:
         exp.save()
-        if _rank() == 0:
-            exp._read(exp.checkpoint_path)  # lest a training ends with what can't be read
+        _rank() or _read(exp, exp.checkpoint_path)  # lest a training ends with what can't be read
     exp._saved = exp.epoch
     _put_aside_stale_best(exp)
 
 
+def _read(exp, path):
+    return load_checkpoint(path, keys=KEYS if type(exp).state_dict is Experiment.state_dict else set())
+
+
 def _take_with_changes(exp, state, changed):
+    """Takes a state; optimizer and schedule, if changed, as given, the schedule as if from the first epoch."""
     groups = [{k: v for k, v in group.items() if k != 'params'} for group in exp.optimizer.param_groups]
     same_kind = state.get('Setting', {}).get('Optimizer') == type(exp.optimizer).__name__
     _take(exp, {name: value for name, value in state.items() if not changed or name != 'Scheduler' and (
@@ -535,11 +546,6 @@ def _take(exp, state):
     exp._state = None
 
 
-def _copied_state(exp):
-    state = exp.state_dict()  # but for the entries of the history, which don't change
-    return copy.deepcopy(state, {id(entries): list(entries) for entries in [state.get('History')]})
-
-
 def _begin(exp, num_epochs):
     """Starts from a whole state, and remembers it."""
     if exp._state is not None:  # a run was left, and interrupted again on its way back
@@ -551,7 +557,7 @@ def _begin(exp, num_epochs):
     exp.net.eval()
     if exp.epoch < num_epochs:
         if exp.perform_validation_during_training:
-            _try_evaluation(exp)
+            _try_last_batch(exp)
         exp.save()  # the weights may have changed since: another experiment can share them
     exp._state = _copied_state(exp)
 
@@ -559,13 +565,17 @@ def _begin(exp, num_epochs):
 def _keep(exp, last):
     """Remembers the epoch just finished, and saves it. The best goes first: if a kill comes between the
     two, the epoch is done again, and both are written again."""
-    if exp._saved == exp.epoch:
-        return
-    exp._state = _copied_state(exp)
-    if exp.best_by is not None and _best(exp)[0] == exp.epoch:
-        _save(exp._state, exp.best_path)
-    if last or exp.epoch % exp.save_every == 0:
-        exp.save()
+    if exp._saved != exp.epoch:
+        exp._state = _copied_state(exp)
+        if exp.best_by is not None and _best(exp)[0] == exp.epoch:
+            exp.save(exp.best_path)
+        if last or exp.epoch % exp.save_every == 0:
+            exp.save()
+
+
+def _copied_state(exp):
+    state = exp.state_dict()  # but for the entries of the history, which don't change
+    return copy.deepcopy(state, {id(entries): list(entries) for entries in [state.get('History')]})
 
 
 def _call(exp, callback):
@@ -582,47 +592,14 @@ def _fall_back(exp, error):
     exp.batch, saved = 0, 'saved'
     _take(exp, exp._state)
     try:
-        if exp._saved != exp.epoch and _world_size() == 1:
-            exp.save()
+        _keep(exp, last=True)
     except OSError as full:
         saved = f'in memory only ({full})'
+    exp._state = None
     _say(f'{type(error).__name__}: back to epoch {exp.epoch}, the last one finished, which is {saved}. '
          'Call run again to go on from there.')
     if _world_size() > 1:
         dist.destroy_process_group()  # so that the others don't wait for this one for ever
-
-
-def _also(exp):
-    """What the checkpoint keeps beside network and optimizer."""
-    more = {} if exp._scheduler is None else {'Scheduler': exp._scheduler}
-    return more | ({'Scaler': exp._scaler} if exp._scaler.is_enabled() else {}) | (exp.also_save or {})
-
-
-def _load(items, states):
-    """Each item takes the state of its name, if there is one; if one of them can't, none does."""
-    items = [(item, states[name], copy.deepcopy(item.state_dict())) for name, item in items.items() if name in states]
-    try:
-        for item, state, _ in items:
-            item.load_state_dict(copy.deepcopy(state))
-    except Exception:
-        for item, _, before in items:
-            item.load_state_dict(before)
-        raise
-
-
-def _check_fit(exp, checkpoint):
-    """Raises ValueError if a checkpoint is not of these networks and optimizers."""
-    if missing := sorted({'Net', 'History', *(exp.also_save or ())} - checkpoint.keys()):
-        raise ValueError(f'the checkpoint has no {", ".join(missing)}')
-    if lines := _weight_differences(exp, checkpoint):
-        raise ValueError('\n  '.join(['the checkpoint is that of another network:', *lines]))
-    given = exp.optimizer.state_dict()
-    stored, given = ([len(group['params']) for group in optimizer['param_groups']]
-                     for optimizer in (checkpoint.get('Optimizer', given), given))
-    if stored != given:
-        raise ValueError(f'{os.path.dirname(exp.checkpoint_path)}: the stored optimizer has groups of {stored} parameters, '
-                         f'the one given of {given}. Give all groups from the start, and freeze and thaw by requires_grad_ '
-                         'and the rates of the groups (README, "Freeze, train, thaw, train on")')
 
 
 # --- checks: what is wrong, and what to do about it --------------------------------------------------
@@ -632,18 +609,18 @@ def _check_whole(name, value, least):
         raise ValueError(f'{name} must be a whole number, {least} or more, got {value!r}')
 
 
-def _check_kinds(exp):
-    """Raises TypeError for an argument that is something else, and for a step that takes something else."""
+def _check_arguments(exp):
+    """Raises TypeError or ValueError for what can't work, before anything is made or written."""
     criterion = 'criterion' if type(exp).step is Experiment.step else 'state_dict'
-    for name, value, attributes, what in (
-            ('net', exp.net, 'state_dict named_modules', 'a torch.nn.Module'),
+    for name, value, attribute, what in (
+            ('net', exp.net, 'named_modules', 'a torch.nn.Module'),
             ('net', exp.net, criterion, 'a module with a method criterion(y, d), its loss'),
-            ('optimizer', exp.optimizer, 'step zero_grad param_groups',
+            ('optimizer', exp.optimizer, 'param_groups',
              'a torch.optim.Optimizer (the order is net, train_set, val_set, optimizer, stats_manager)'),
-            ('stats_manager', exp.stats_manager, 'init accumulate summarize', 'a StatsManager'),
-            *((f'also_save[{key!r}]', item, 'state_dict load_state_dict', 'something with state_dict')
+            ('stats_manager', exp.stats_manager, 'accumulate', 'a StatsManager'),
+            *((f'also_save[{key!r}]', item, 'load_state_dict', 'something with state_dict')
               for key, item in exp.also_save.items())):
-        if isinstance(value, type) or not all(hasattr(value, attribute) for attribute in attributes.split()):
+        if isinstance(value, type) or not hasattr(value, attribute):
             raise TypeError(f'{name} must be {what}, got {value if isinstance(value, type) else type(value).__name__}')
     for name in ('step', 'update'):  # a subclass of 2019 may have its own, of another kind
         try:
@@ -651,11 +628,6 @@ def _check_kinds(exp):
         except TypeError:
             raise TypeError(f'{type(exp).__name__}.{name} must take one argument, as that of nntools does: '
                             'see its docstring, or rename yours') from None
-
-
-def _check_arguments(exp):
-    """Raises TypeError or ValueError for what can't work, before anything is made or written."""
-    _check_kinds(exp)
     for field in dataclasses.fields(Experiment):
         value, words = getattr(exp, field.name), get_args(field.type)
         if words and value not in words:
@@ -663,7 +635,13 @@ def _check_arguments(exp):
         if field.type is int and value is not None:
             _check_whole(field.name, value, 0 if field.name in ('seed', 'num_workers') else 1)
             setattr(exp, field.name, int(value))
-    own, scheduler = list(nn.Module.parameters(exp.net)), exp._scheduler
+    _check_combinations(exp)
+
+
+def _check_combinations(exp):
+    """Raises ValueError for arguments that don't go together."""
+    own, scheduler, clip = list(nn.Module.parameters(exp.net)), exp._scheduler, exp.grad_clip
+    taken = exp.also_save.keys() & (KEYS | {'Scheduler', 'Scaler', 'Seconds', 'Best', 'Setting', 'Format'})
     for wrong, message in (
             (isinstance(exp.optimizer, torch.optim.LBFGS), 'LBFGS needs a closure at each step: take another optimizer'),
             (any(isinstance(p, nn.parameter.UninitializedParameter) for p in own),
@@ -674,50 +652,48 @@ def _check_arguments(exp):
              'scheduler belongs to another optimizer: build it from the one given here'),
             (isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != exp.best_mode,
              f'scheduler has mode={getattr(scheduler, "mode", 0)!r}, but best_mode is {exp.best_mode!r}: make them alike'),
-            (exp.grad_clip is not None and not (isinstance(exp.grad_clip, (int, float)) and exp.grad_clip > 0),
-             f'grad_clip must be a number, more than 0, got {exp.grad_clip!r}'),
+            (clip is not None and not (isinstance(clip, (int, float)) and clip > 0),
+             f'grad_clip must be a number, more than 0, got {clip!r}'),
             (exp.val_set is None and exp.perform_validation_during_training,
              'perform_validation_during_training needs a val_set, got None'),
-            (taken := exp.also_save.keys() & (KEYS | {'Seconds', 'Best', 'Setting', 'Format', 'Scheduler', 'Scaler'}),
-             f'also_save[{min(taken, default="")!r}] needs another name: the checkpoint has that one already')):
+            (taken, f'also_save{list(taken)} needs another name: the checkpoint has that one already')):
         if wrong:
             raise ValueError(message)
 
 
 def _say_what_is_not_trained(exp):
-    optimizers = [exp.optimizer, *(item for item in (exp.also_save or {}).values() if hasattr(item, 'param_groups'))]
-    known = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
+    known = {id(p) for item in _items(exp).values() if hasattr(item, 'param_groups') for p in _parameters(item)}
     names = [name for name, p in nn.Module.named_parameters(exp.net) if p.requires_grad and id(p) not in known]
     if names and names != exp._untrained:
-        _say('In no group of the optimizer, so that they will not be trained: ' + ', '.join(names[:5]) + ' ...' * (len(names) > 5))
+        _say(f'In no group of the optimizer, so that they will not be trained: {", ".join(names[:5])}' + ' ...' * (len(names) > 5))
     exp._untrained = names
 
 
-def _try_evaluation(exp):
+def _try_last_batch(exp):
     """Evaluates the last batch, which may be short, so that what is wrong shows before the first epoch."""
-    loader = exp.val_loader
-    if isinstance(loader.dataset, td.IterableDataset) or not loader.batch_size:
+    loader, data = exp.val_loader, exp.val_loader.dataset
+    if isinstance(data, td.IterableDataset) or not loader.batch_size:
         return
-    size, n = loader.batch_size, len(loader.dataset)
-    left = 0 if loader.drop_last else n % size
-    part = td.Subset(loader.dataset, range(n - (left or min(n, size)), n))
+    short = 0 if loader.drop_last else len(data) % loader.batch_size
+    last = td.Subset(data, range(max(len(data) - (short or loader.batch_size), 0), len(data)))
     try:
-        _accumulate(exp, td.DataLoader(part, size, collate_fn=loader.collate_fn), exp.stats_manager)
+        exp.evaluate(td.DataLoader(last, loader.batch_size, collate_fn=loader.collate_fn))
     except RuntimeError as error:
-        raise RuntimeError(f'the last batch of the evaluation has {left} samples instead of {size}: {error}. If the network '
-                           'can take no fewer, give drop_last_in_evaluation=True') from error if left else error
-    _check_summary(exp, 'val_')
-
-
-def _check_summary(exp, prefix=''):
-    """Refuses after one batch what can't be kept, and a ``best_by`` that is no statistic."""
-    try:
-        summary = exp.stats_manager.summarize()
+        raise RuntimeError(f'the last batch of the evaluation has {len(last)} samples, others {loader.batch_size}: {error}. If '
+                           'the network can take no fewer, give drop_last_in_evaluation=True') from error
     except (ValueError, ArithmeticError):  # there are statistics for which one batch is too little
         return
-    names = [prefix + name for name in _flat(_kept(summary))]
-    needed = exp.best_by is not None or isinstance(exp._scheduler, ReduceLROnPlateau)
-    if needed and _column(exp) not in names:
+    _check_statistics(exp)
+
+
+def _check_statistics(exp):
+    """Refuses after one batch what can't be kept, and a ``best_by`` that is no statistic."""
+    try:
+        summary = _kept(exp.stats_manager.summarize())
+    except (ValueError, ArithmeticError):  # there are statistics for which one batch is too little
+        return
+    names = _row(exp, (summary, summary) if exp.perform_validation_during_training else summary)
+    if _column(exp) not in names and (exp.best_by is not None or isinstance(exp._scheduler, ReduceLROnPlateau)):
         close = difflib.get_close_matches(_column(exp), names, 1)
         raise ValueError(f'best_by: there is no statistic {exp.best_by or "loss"!r}, there is {", ".join(map(repr, names))}'
                          + (f'; did you mean {close[0]!r}?' if close else ''))
@@ -732,8 +708,19 @@ def _not_finite(exp, what, batch):
 
 # --- settings: described, stored and compared --------------------------------------------------------
 
+def _settings(exp):
+    """What `setting` returns as a flat dict of numbers and texts: ``name`` for a whole, ``name: part`` for
+    its parts. Each is described once, when it is given: rates change later, by schedule or by hand."""
+    known, described = vars(exp).setdefault('_described', {}), {}
+    for name, value in exp.setting().items():
+        key = id(value), len(getattr(value, 'param_groups', ()))  # a group may have been added
+        if known.get(name, (None,))[0] != key:
+            known[name] = key, value, _describe(name, value)
+        described |= known[name][2]
+    return described | {'Source': _source(_unwrapped(exp.net)), 'Torch': str(torch.__version__)}
+
+
 def _describe(name, value):
-    """A setting as a flat dict of numbers and texts: ``name`` for the whole, ``name: part`` for its parts."""
     value, parts = _unwrapped(value), {}
     if isinstance(value, nn.Module):
         parts = {layer: f'{type(m).__name__}({m.extra_repr()})' for layer, m in value.named_modules() if layer}
@@ -771,52 +758,33 @@ def _text(value):
     return type(value).__name__ if hasattr(value, 'optimizer') else repr(value)
 
 
-def _describe_settings(exp):
-    """What `setting` returns, described as it was when first given: rates change by schedule or by hand."""
-    known, described = vars(exp).setdefault('_described', {}), {}
-    for name, value in exp.setting().items():
-        key = id(value), len(getattr(value, 'param_groups', ()))  # a group may have been added
-        if known.get(name, (None,))[0] != key:
-            known[name] = key, value, _describe(name, value)
-        described |= known[name][2]
-    try:
-        kinds = [c for c in type(_unwrapped(exp.net)).__mro__ if c.__module__.split('.')[0] not in ('torch', 'builtins', 'abc', __name__)]
-        source = '\n'.join(map(inspect.getsource, kinds))
-    except (OSError, TypeError):  # made in a console
-        source = ''
-    return described | {'Source': source, 'Torch': str(torch.__version__)}
+def _source(net):
+    """The source of the network's own classes; '' where Python has none, as for what is made in a console."""
+    with contextlib.suppress(OSError, TypeError):
+        return '\n'.join(inspect.getsource(kind) for kind in type(net).__mro__
+                         if kind.__module__.split('.')[0] not in ('torch', 'builtins', 'abc', __name__))
+    return ''
 
 
-def _compare_settings(exp, stored, old):
-    """What differs between a checkpoint and an experiment: a dict of the setting's name to lines."""
-    given, differences = _describe_settings(exp), {}
+def _compare_settings(exp, old):
+    """What differs from the settings of a checkpoint: a dict of the setting's name to lines."""
+    given, differences = _settings(exp), {}
     names = [key for key in given if ': ' not in key]
     if unknown := sorted(set(exp.allow) - set(names)):
         raise ValueError(f'allow has {unknown}, but the settings are {", ".join(names)}')
     if old.get('Source', given['Source']) != given['Source']:
         _say(f'The source of {type(exp.net).__name__} has changed since the checkpoint in {exp.output_dir}')
-    if lines := _weight_differences(exp, stored):
-        differences['Weights'] = lines
+    other_torch = old.get('Torch') != given['Torch']  # which prints layers differently, and has other options
     validates = given['PerformValidationDuringTraining'] and old.get('PerformValidationDuringTraining', True)
     for key in dict.fromkeys([*given, *old]):
-        name, _, part = key.partition(': ')
-        a, b = old.get(key, 'nothing'), given.get(key, 'nothing')
-        if a == b or name not in old or name not in given or name in ('Source', 'Torch') or (
-                name.startswith('ValSet') and not validates) or part and (  # of another class, all parts differ
-                old[name] != given[name] or old.get('Torch') != given['Torch'] and (
-                    key not in old or key not in given or isinstance(_unwrapped(exp.setting()[name]), nn.Module))):
-            continue  # versions of torch print layers differently, and have other options
+        (name, _, part), a, b = key.partition(': '), old.get(key, 'nothing'), given.get(key, 'nothing')
+        known = name in old and name in given and name not in ('Source', 'Torch')
+        if a == b or not known or name.startswith('ValSet') and not validates:
+            continue
+        if part and (old[name] != given[name] or other_torch and (name == 'Net' or 'nothing' in (a, b))):
+            continue  # of another class, all parts differ
         differences.setdefault(name, []).append(f'{name}: {part}{" " * bool(part)}stored {a}, given {b}')
     return differences
-
-
-def _weight_differences(exp, stored):
-    """In which parameters and buffers two networks differ: a line for each of the first ten."""
-    a, b = ({name: tuple(getattr(value, 'shape', ())) for name, value in net.items()
-             if not name.endswith('num_batches_tracked')}
-            for net in (stored.get('Net', {}), _unwrapped(exp.net).state_dict() if 'Net' in stored else {}))
-    return [f'{name}: stored {a.get(name, "nothing")}, given {b.get(name, "nothing")}'
-            for name in a | b if a.get(name) != b.get(name)][:10]
 
 
 # --- history: from entries to rows -------------------------------------------------------------------
@@ -860,9 +828,9 @@ def _score(exp, entry):
 
 
 def _best(exp):
-    scores = [(_score(exp, entry), k) for k, entry in enumerate(exp.history, start=1)]
+    scores = {k: score for k, entry in enumerate(exp.history, 1) if not math.isnan(score := _score(exp, entry))}
     better = max if exp.best_mode == 'max' else min
-    return better((pair for pair in scores if not math.isnan(pair[0])), key=lambda pair: pair[0], default=(math.nan, 0))[::-1]
+    return better(scores.items(), key=lambda pair: pair[1], default=(0, math.nan))
 
 
 def _line(exp):
@@ -894,8 +862,8 @@ def find_device(name='auto'):
 def _device_of(net):
     if not isinstance(net, NeuralNetwork) and getattr(net, 'device', None) is not None:
         return torch.device(net.device)  # where it says it is
-    tensors = (t for found in (nn.Module.named_parameters(net), nn.Module.named_buffers(net)) for _, t in found)
-    return next((tensor.device for tensor in tensors), torch.device('cpu'))
+    tensors = itertools.chain(nn.Module.named_parameters(net), net.named_buffers())
+    return next((tensor.device for _, tensor in tensors), torch.device('cpu'))
 
 
 def _unwrapped(net):
@@ -928,6 +896,16 @@ def _tensors(batch):
     return [part for part in found if isinstance(part, torch.Tensor)]
 
 
+class _Share(td.RandomSampler):
+    """All samples in random order; of each batch, every process has its share."""
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), _rank(), len(self) * _world_size(), _world_size())
+
+    def __len__(self):
+        return len(self.data_source) // _world_size()
+
+
 def _loader(exp, data, training=False):
     """The loader of a data set. In training each process has its share of every batch."""
     if isinstance(data, td.DataLoader):
@@ -935,7 +913,7 @@ def _loader(exp, data, training=False):
             warnings.warn('persistent_workers go on with random numbers of their own: '
                           'a resumed run does not repeat what they draw', stacklevel=5)
         return data
-    name, world, size = 'train_set' if training else 'the data set to evaluate', _world_size(), exp.batch_size
+    name, size, world = 'train_set' if training else 'the data set to evaluate', exp.batch_size, _world_size()
     drop_last = exp.drop_last if training else exp.drop_last_in_evaluation
     if not (hasattr(data, '__len__') and hasattr(data, '__getitem__')):
         raise TypeError(f'{name} must be a data set with a length, or in a DataLoader of your own, got {type(data).__name__}')
@@ -944,28 +922,9 @@ def _loader(exp, data, training=False):
     if len(data) < (size if drop_last else 1):
         raise ValueError(f'{name} has {len(data)} samples, too few for one batch of {size}: '
                          'lower batch_size, or keep the last short batch')
-    options = dict(num_workers=exp.num_workers, collate_fn=exp.collate_fn, drop_last=drop_last,
-                   pin_memory=_device_of(exp.net).type == 'cuda')
-    if not training:
-        return td.DataLoader(data, size, **options)
-    sampler = _Shuffle(data, world, _rank(), seed=mix_seeds(exp.seed) % 2**31, drop_last=drop_last)
-    return td.DataLoader(data, size // world, sampler=sampler, **options)
-
-
-class _Shuffle(td.DistributedSampler):
-    """Its order is a function of (seed, epoch); who iterates without `set_epoch` gets new ones, too."""
-
-    def __init__(self, dataset, *args, **options):
-        super().__init__(dataset, *args, **options)
-        self.length = len(dataset)
-
-    def __iter__(self):
-        if len(self.dataset) != self.length:
-            raise RuntimeError(f'the data set had {self.length} samples and has {len(self.dataset)} now: '
-                               'make a new Experiment of it')
-        order = super().__iter__()
-        self.epoch += 1
-        return order
+    sampler = _Share(data, generator=torch.Generator().manual_seed(mix_seeds(exp.seed))) if training else None
+    return td.DataLoader(data, size // world if training else size, sampler=sampler, num_workers=exp.num_workers,
+                         collate_fn=exp.collate_fn, drop_last=drop_last, pin_memory=_device_of(exp.net).type == 'cuda')
 
 
 def _size(data):
@@ -979,26 +938,6 @@ def _batches(exp, loader):
         yield batch if device.type == 'cpu' else _to(batch, device)
     if batch is None:
         raise ValueError('the data gave no batch: it is empty, or shorter than one batch that may not be short')
-
-
-@contextlib.contextmanager
-def _evaluating(exp, loader):
-    mode = exp.net.training
-    exp.net.eval()
-    try:
-        with torch.no_grad(), _randomness(exp.seed or 0, 0, loader):
-            yield
-    finally:
-        exp.net.train(mode)
-
-
-def _accumulate(exp, loader, stats):
-    """The statistics of one pass in evaluation mode."""
-    stats.init()
-    with _evaluating(exp, loader):
-        for batch in _batches(exp, loader):
-            loss, *rest = exp.step(batch)
-            stats.accumulate(float(loss), *rest)
 
 
 # --- random numbers ----------------------------------------------------------------------------------
@@ -1015,30 +954,33 @@ def _new_seed():
 
 
 @contextlib.contextmanager
-def _randomness(seed, epoch, loader, rank=0):
-    """All random numbers drawn inside follow from (seed, epoch, rank); those outside are unaffected."""
-    seed, batch_sampler = mix_seeds(seed, epoch, rank), getattr(loader, 'batch_sampler', None)
-    owners = [loader, batch_sampler, getattr(loader, 'sampler', None), getattr(batch_sampler, 'sampler', None)]
-    samplers = [(owner, getattr(owner, 'epoch', 0)) for owner in owners if hasattr(owner, 'set_epoch')]
+def _one_pass(exp, loader, epoch=0):
+    """One pass over a loader: of training, or, in epoch 0, of evaluation. Random numbers drawn inside follow
+    from (seed, epoch, rank), the order of the samples from (seed, epoch); what is outside, the mode of
+    the network too, is unaffected."""
+    mode, seeds = exp.net.training, (exp.seed or 0, epoch)
+    mixed = mix_seeds(*seeds, _rank() if epoch else 0)
+    owners = [loader, getattr(loader, 'sampler', None), getattr(loader, 'batch_sampler', None)]
+    owners.append(getattr(owners[-1], 'sampler', None))
     generators = [(g, g.get_state()) for g in {getattr(owner, 'generator', None) for owner in owners} - {None}]
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+    before, devices = (random.getstate(), np.random.get_state()), range(torch.cuda.is_initialized())
+    with torch.no_grad(), torch.random.fork_rng([torch.cuda.current_device() for _ in devices]):
+        torch.manual_seed(mixed)
+        np.random.seed(mixed % 2**32)
+        random.seed(mixed)
         for generator, _ in generators:
-            generator.manual_seed(seed)
-        for sampler, _ in samplers:
-            sampler.set_epoch(max(epoch - 1, 0))
+            generator.manual_seed(mix_seeds(*seeds))
+        for sampler in owners:
+            hasattr(sampler, 'set_epoch') and sampler.set_epoch(epoch)
+        exp.net.train(epoch > 0)
         try:
             yield
         finally:
+            exp.net.train(mode)
             random.setstate(before[0])
             np.random.set_state(before[1])
             for generator, state in generators:
                 generator.set_state(state)
-            for sampler, old in samplers:
-                sampler.set_epoch(old)
 
 
 # --- processes ---------------------------------------------------------------------------------------
@@ -1073,27 +1015,24 @@ def _average_gradients(optimizer):
 
 
 @contextlib.contextmanager
-def _locked(path):
+def _locked(exp, num_epochs):
     """Keeps a second process from training into the same folder, where the system has such locks."""
-    if fcntl is None or _rank() > 0:
+    if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
+        raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
+    if fcntl is None or _rank() > 0 or exp.epoch >= num_epochs:
         yield
         return
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with open(f'{path}.lock', 'a') as file:
+    if not os.path.isfile(exp.config_path):
+        exp.save()
+    with open(exp.config_path, 'a') as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(file.fileno()).st_nlink:
-                raise BlockingIOError('another process has just removed the file')
         except (BlockingIOError, PermissionError):
-            raise RuntimeError(f'{os.path.dirname(path)} is in use: another process trains there. Wait for it, '
+            raise RuntimeError(f'{exp.output_dir} is in use: another process trains there. Wait for it, '
                                'stop it, or give another output_dir') from None
         except OSError:  # a file system without locks
             pass
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(file.name)
+        yield
 
 
 def _progress_bar(loader):
@@ -1134,11 +1073,6 @@ def _write(path, write):
             os.remove(temporary)
 
 
-def _save(state, path):
-    if _rank() == 0:
-        _write(path, lambda file: torch.save(state, file))
-
-
 def load_checkpoint(path, device='cpu', keys=KEYS):
     """A checkpoint of `Experiment` as a dict: ``Net``, ``Optimizer``, ``History`` and more. Nothing in it
     is executed: it is read with ``weights_only``. RuntimeError says what is wrong with the file."""
@@ -1163,7 +1097,7 @@ def load_checkpoint(path, device='cpu', keys=KEYS):
 def _put_aside_stale_best(exp):
     """best.pth.tar must be that of `exp.best`: it is not if best_by was changed, or the history."""
     path = getattr(exp, 'best_path', '')
-    if _rank() == 0 and os.path.isfile(path) and len(exp._read(path)['History']) != _best(exp)[0]:
+    if _rank() == 0 and os.path.isfile(path) and len(_read(exp, path)['History']) != _best(exp)[0]:
         os.replace(path, f'{path}.old')
         _say(f'{path} is not of the best epoch any more: it is now {path}.old')
 
@@ -1180,7 +1114,7 @@ def _numpy_scalars():
 
 
 def _settings_of_config(path):
-    """``config.txt`` as a flat dict like that of `_describe_settings`; of objects only the class."""
+    """``config.txt`` as a flat dict like that of `_settings`; of objects only the class."""
     def plain(text):
         with contextlib.suppress(ValueError, SyntaxError):
             return _plain(ast.literal_eval(text))
