@@ -35,6 +35,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import math
@@ -717,7 +718,7 @@ def _settings(exp):
         if known.get(name, (None,))[0] != key:
             known[name] = key, value, _describe(name, value)
         described |= known[name][2]
-    return described | {'Source': _source(_unwrapped(exp.net)), 'Torch': str(torch.__version__)}
+    return described | {'Source': _source(type(_unwrapped(exp.net))), 'Torch': str(torch.__version__)}
 
 
 def _describe(name, value):
@@ -758,11 +759,12 @@ def _text(value):
     return type(value).__name__ if hasattr(value, 'optimizer') else repr(value)
 
 
-def _source(net):
-    """The source of the network's own classes; '' where Python has none, as for what is made in a console."""
-    with contextlib.suppress(OSError, TypeError):
-        return '\n'.join(inspect.getsource(kind) for kind in type(net).__mro__
-                         if kind.__module__.split('.')[0] not in ('torch', 'builtins', 'abc', __name__))
+@functools.cache
+def _source(kind):
+    """The source of the methods of a network's own classes; '' where Python has none, as for a console."""
+    with contextlib.suppress(Exception):  # and there are many ways in which the file can be another one
+        return '\n'.join(inspect.getsource(part) for base in kind.__mro__ for part in vars(base).values()
+                         if inspect.isfunction(part) and part.__module__.split('.')[0] not in ('torch', __name__))
     return ''
 
 
