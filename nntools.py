@@ -279,7 +279,8 @@ class Experiment:
         bar.reset()
         self.stats_manager.init()
         with _one_pass(self, self.train_loader, self.epoch + 1):
-            for self.batch, batch in enumerate(_batches(self, self.train_loader), start=1):
+            for number, batch in enumerate(_batches(self, self.train_loader), start=1):
+                self.batch = number
                 with torch.enable_grad(), autocast:
                     loss, x, y, d = self.step(batch)
                 loss = float(loss)
@@ -470,13 +471,12 @@ class Experiment:
         """The settings, by name, that a checkpoint must share with the experiment that loads it.
         Subclasses may add their own. Stored and compared are plain values and texts (`repr`)."""
         train_set, val_set = getattr(self, 'train_set', None), getattr(self, 'val_set', None)
-        ready = isinstance(train_set, td.DataLoader)
+        size = train_set.batch_size if isinstance(train_set, td.DataLoader) else self.batch_size
         return {'Net': self.net, 'TrainSet': train_set, 'ValSet': val_set, 'Optimizer': self.optimizer,
-                'StatsManager': self.stats_manager, 'BatchSize': train_set.batch_size if ready else self.batch_size,
+                'StatsManager': self.stats_manager, 'BatchSize': size, 'TrainSetSize': _size(train_set),
                 'PerformValidationDuringTraining': self.perform_validation_during_training,
-                'TrainSetSize': _size(train_set), 'ValSetSize': _size(val_set), 'Seed': self.seed,
-                'Precision': self.precision, 'GradClip': self.grad_clip, 'BatchesPerStep': self.batches_per_step,
-                'DropLast': self.drop_last, 'Scheduler': self._scheduler}
+                'ValSetSize': _size(val_set), 'Seed': self.seed, 'Precision': self.precision, 'Scheduler': self._scheduler,
+                'GradClip': self.grad_clip, 'BatchesPerStep': self.batches_per_step, 'DropLast': self.drop_last}
 
     def __repr__(self):
         return ''.join(f'{name}({_text(value)})\n' for name, value in self.setting().items())

@@ -180,13 +180,13 @@ def test_the_program_under_torchrun(tmp_path):
 def test_best_weights(start):
     names = execute(recipe('The best weights at the end'), start('best'))
     exp, values = names['exp'], [val['accuracy'] for _, val in names['exp'].history]
-    assert len(values) == 20 and names['value'] == max(values) == values[names['epoch'] - 1]
-    assert names['epoch'] < 20, 'the best epoch is not the last one, or this test shows nothing'
+    assert len(values) == 30 and names['value'] == max(values) == values[names['epoch'] - 1]
+    assert names['epoch'] < 30, 'the best epoch is not the last one, or this test shows nothing'
     assert exp.evaluate()['accuracy'] == names['value']
     exp.load()
-    exp.run(25)
+    exp.run(35)
     start('never stopped')
-    longer = execute(recipe('The best weights at the end').replace('run(20)', 'run(25)'), names)
+    longer = execute(recipe('The best weights at the end').replace('run(30)', 'run(35)'), names)
     longer['exp'].load()
     assert outcome(names) == outcome(longer)
 
