@@ -10,17 +10,12 @@ READY = $(VENV)/.ready
 VERSIONS =
 NOTEBOOK = Assignment4.ipynb
 
-# On Linux with glibc: memory that one layer frees stays for the next, instead of going back to the
-# system in between. Denoising a photograph on a CPU takes half the time (make benchmark).
-export MALLOC_MMAP_MAX_ = 0
-export MALLOC_TRIM_THRESHOLD_ = 4294967296
-
 bsds300_is_here = { [ -n "$$BSDS300" ] || [ -d BSDS300/images ]; }
 
 # Runs without a person: no progress bars. JupyterLab (make lab) shows them.
 headless = TQDM_DISABLE=1 $(PY)
 
-.PHONY: help setup notebook refresh lab test test-lowest lint nbval train results benchmark clean
+.PHONY: help setup notebook refresh lab test test-lowest lint nbval train results ablation benchmark soak clean
 
 help:
 	@echo 'make notebook   run the notebook top to bottom; the result is in experiments/'
@@ -29,7 +24,8 @@ help:
 	@echo 'make lab        open the notebook in JupyterLab'
 	@echo 'make refresh    run the notebook and renew the outputs stored in it'
 	@echo 'make nbval      only the comparison of the notebook with its stored outputs'
-	@echo 'make train NET=dncnn|udncnn|dudncnn, make results, make benchmark, make lint, make clean'
+	@echo 'make train NET=dncnn|udncnn|dudncnn, make results, make benchmark, make soak, make lint, make clean'
+	@echo 'make ablation   what skips, dilation and pooling give (RETRAIN=1: hours of training)'
 
 setup: $(READY)
 
@@ -86,9 +82,19 @@ train: $(READY)
 
 results: $(READY)
 	$(PY) -m denoising_utils evaluate
+	$(PY) -m denoising_utils levels $(if $(RETEST),--retest)
+
+ablation: $(READY)
+	$(headless) -m denoising_utils ablation $(if $(RETRAIN),--retrain)
 
 benchmark: $(READY)
 	$(PY) tests/benchmark.py
+
+# 100 trainings killed and 100 interrupted twice, of which none may end otherwise (a few minutes).
+soak: $(READY)
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(headless) tests/test_nntools_resume.py kills "$$folder/kills" 100 && \
+	$(headless) tests/test_nntools_resume.py presses "$$folder/presses" 100
 
 # What the two commands made. Downloaded photographs and checkpoints/ stay.
 clean:

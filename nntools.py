@@ -1,7 +1,7 @@
 """A small training helper for PyTorch: networks, statistics and resumable experiments.
 
-Copy this one file beside your assignment. It needs torch (2.6 or newer), numpy (1.26 or newer) and tqdm.
-A complete use::
+Copy this one file beside your assignment. It needs torch (2.6 or newer), numpy (1.26 or newer) and
+tqdm, on Python 3.10 or newer. A complete use::
 
     import torch
     import nntools as nt
@@ -24,18 +24,20 @@ A complete use::
     print(exp.evaluate())
 
 Run it twice: the second time it finds its checkpoint in ``line/`` and has nothing left to do.
-Ask for 40 epochs and it goes on from the 20th, exactly as if it had never stopped.
-
-Started by ``torchrun``, the same script trains on all its processes. The interface is that of the
-helper of the UCSD course ECE 285 (C. Deledalle, 2019): its programs and checkpoints keep working.
+Ask for 40 epochs and it goes on from the 20th, exactly as if it had never stopped. Started by
+``torchrun``, it trains on all its processes. The interface is that of the helper of the UCSD course
+ECE 285 (C. Deledalle, 2019): its programs and checkpoints keep working.
 """
 import ast
-import atexit
 import codecs
 import contextlib
 import copy
 import csv
-import io
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
 import math
 import operator
 import os
@@ -43,26 +45,38 @@ import random
 import re
 import sys
 import time
+import warnings
 from abc import ABC, abstractmethod
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.data as td
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = ['NeuralNetwork', 'StatsManager', 'Experiment', 'find_device', 'load_checkpoint', 'mix_seeds']
 
-FORMAT = 2  # of checkpoints; those of the original helper carry no number and are read as well
+FORMAT = 3  # of checkpoints; before, the settings were in config.txt alone
 KEYS = {'Net', 'Optimizer', 'History'}  # of every checkpoint
 
 
-class NeuralNetwork(nn.Module, ABC):
-    """A module with a loss. Subclasses define ``forward`` and ``criterion``.
+# --- network and statistics ------------------------------------------------------------------------
 
-    `parameters()` and `named_parameters()` show only what requires a gradient, so that an
-    optimizer built from them leaves frozen layers alone. `state_dict()` holds everything.
+class NeuralNetwork(nn.Module, ABC):
+    """A module with a loss. Subclasses define ``forward(x)``, the prediction for a batch, and
+    ``criterion(y, d)``, the loss of a prediction y when d was desired: a tensor with one element.
+
+    `parameters()` and `named_parameters()` show only what requires a gradient, so that an optimizer
+    built from them leaves frozen layers alone. `state_dict()` holds everything. (`AveragedModel` goes by
+    `parameters()`: of a network to be frozen, give it ``torch.nn.ModuleList([net])``.)
     """
 
     @property
@@ -71,224 +85,232 @@ class NeuralNetwork(nn.Module, ABC):
         return _device_of(self)
 
     def named_parameters(self, *args, **kwargs):
-        """As in `torch.nn.Module`, without the parameters that are frozen."""
-        for name, parameter in super().named_parameters(*args, **kwargs):
-            if parameter.requires_grad:
-                yield name, parameter
+        return ((name, p) for name, p in super().named_parameters(*args, **kwargs) if p.requires_grad)
+
+    def requires_grad_(self, requires_grad=True):
+        """Freezes all parameters, or thaws all, those that are frozen too."""
+        for _, parameter in super().named_parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
 
     @abstractmethod
-    def forward(self, x):
-        """The prediction for a batch ``x``."""
+    def forward(self, x): ...
 
     @abstractmethod
-    def criterion(self, y, d):
-        """The loss of the prediction ``y`` when ``d`` was desired: a tensor with one element."""
+    def criterion(self, y, d): ...
+
+
+class readable:
+    """A property that a subclass may cover with an attribute of its own, as those of 2019 do."""
+
+    def __init__(self, get):
+        self.get, self.__doc__ = get, get.__doc__
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else self.get(instance)
 
 
 class StatsManager:
-    """The statistics of one pass over a data set; this one has the mean loss per sample.
+    """The statistics of one pass over a data set: the mean loss per sample, and ``metrics``.
 
-    To measure more, extend three methods: ``init`` sets sums to zero, ``accumulate`` adds a batch to
-    them, ``summarize`` turns them into a dict of numbers. Under torchrun the sums (numbers, tensors,
-    arrays, or lists) are added up over the processes before ``summarize`` is called.
-
-    Attributes: ``running_loss``, the sum of the mean losses of the batches; ``number_update``, how
-    many batches; ``total_loss`` and ``number_samples``, the same counted in samples: what a mean
-    should rest on, as the last batch may be shorter.
+    ``metrics`` is a dict of name to function of (y, d), which returns a value for each sample, (N,) or
+    (N, ...), or one for the batch; they are averaged over the samples. For more, extend three methods:
+    ``init`` begins a pass, ``accumulate`` adds a batch, ``summarize`` returns a dict. What they count
+    stays readable after the pass. Under torchrun every process adds the batches of all.
     """
-    number_samples = 0  # stays 0 in a subclass of 2019 that counts only batches, by itself
+    _metrics = {}
 
-    def __init__(self):
-        self.init()
+    def __init__(self, metrics=None):
+        self._metrics = dict(metrics or {})
 
     def __repr__(self):
-        return type(self).__name__
+        return ', '.join([type(self).__name__, *self._metrics])
+
+    def __getattr__(self, name):
+        raise AttributeError(f'{type(self).__name__} has no {name}; if it is counted in a pass, init must '
+                             'set it, and call super().init()')
 
     def init(self):
-        """Starts a new pass."""
-        self.running_loss = self.total_loss = 0.0
-        self.number_update = self.number_samples = 0
+        """Begins a pass."""
+        self.running_loss, self.number_update = 0.0, 0  # as in 2019: counted in batches
+        self._loss, self._samples, self._sums = 0.0, 0, dict.fromkeys(self._metrics, 0.0)
 
     def accumulate(self, loss, x=None, y=None, d=None):
         """Adds a batch: ``loss`` is its mean loss (a float), ``x`` the input (N, ...), ``y`` the
         prediction, ``d`` what was desired. Called without gradients."""
         if self.number_update == 0:
-            self.total_loss, self.number_samples = 0.0, 0  # a subclass may not call this class's init
-        first = next(_tensors(x), x)  # x can be a list or a dict
-        samples = len(first) if getattr(first, 'ndim', 0) else 1
+            StatsManager.init(self)  # an init of 2019 need not have called it
+        samples = self.count_samples(x, d)
         self.running_loss += loss
         self.number_update += 1
-        self.total_loss += loss * samples
-        self.number_samples += samples
+        self._loss += loss * samples
+        self._samples += samples
+        for name, metric in self._metrics.items():
+            self._sums[name] += torch.as_tensor(metric(y, d)).double().mean().item() * samples
 
     def summarize(self):
-        """The mean loss per sample (a float). Subclasses return a dict, with a key ``'loss'``."""
-        if not self.number_samples:
+        """The mean loss per sample (a float); with metrics, a dict of ``'loss'`` and theirs."""
+        if not vars(self).get('_samples'):  # counted by a subclass of 2019
             return self.running_loss / self.number_update
-        return self.total_loss / self.number_samples
+        means = {name: total / self._samples for name, total in self._sums.items()}
+        return {'loss': self._loss / self._samples} | means if means else self._loss / self._samples
+
+    @readable
+    def number_samples(self):
+        """How many samples this pass has counted: what a mean should rest on."""
+        return self._samples
+
+    def count_samples(self, x, d):
+        """How many samples a batch has: the length of the tensor ``d`` or ``x``, of a `PackedSequence`,
+        of the tensors in a dict, of a list of samples. To be overridden where TypeError asks for it."""
+        for part in (d, x):
+            if isinstance(part, nn.utils.rnn.PackedSequence):
+                return int(part.batch_sizes[0])
+            if isinstance(part, torch.Tensor):
+                return len(part) if part.ndim else 1
+        sizes = {len(tensor) if tensor.ndim else 0 for tensor in _tensors([x, d])}
+        if isinstance(x, (list, tuple)) and (len(sizes) > 1 or sizes <= {len(x)}):
+            return len(x)
+        if isinstance(x, dict) and len(sizes) == 1:
+            return sizes.pop()
+        raise TypeError(f'how many samples are in a batch with a {type(x).__name__} of {len(_tensors(x))} '
+                        f'tensors? Override {type(self).__name__}.count_samples(x, d)')
 
 
+# --- the experiment --------------------------------------------------------------------------------
+
+@dataclasses.dataclass(eq=False, repr=False)
 class Experiment:
     """Trains a network and keeps, in one folder, all that is needed to go on later.
 
-    If ``output_dir`` already holds a checkpoint, it is loaded, after a check that it was made with
-    the same settings. Otherwise a first one is written, at epoch 0. All arguments become attributes.
-
-    Args:
-        net: a `NeuralNetwork`, or any `torch.nn.Module` with a method ``criterion(y, d)``.
-        train_set, val_set: data sets of pairs (x, d), or ready `DataLoader`s, used as they are.
-            ``val_set`` may be None if nothing is to be evaluated.
-        optimizer, stats_manager: a `torch.optim.Optimizer` of ``net``, a `StatsManager`.
-        output_dir: the folder (default: ``experiment_`` and the time), shared by all machines.
-        batch_size: samples of one optimizer step, over all processes.
-        perform_validation_during_training: evaluate ``val_set`` after each epoch. The entries of
-            `history` are then pairs (training summary, validation summary).
-        seed: fixes batch order, dropout, noise ... of each epoch, whatever was drawn before: all
-            that comes from the global generators of torch, numpy and random.
-        device: ``'cuda'``, ``'mps'``, ``'cpu'``, or ``'auto'`` for the best one found, to move
-            ``net`` there. By default it stays where it is.
-        scheduler: of the learning rate, stepped after each epoch (`ReduceLROnPlateau` with the
-            statistic ``best_by``). One for each batch: step it in `step`, and ``also_save`` it.
-        grad_clip: upper bound on the norm of the gradient.
-        precision: of training: ``'float32'``, ``'bfloat16'``, or ``'float16'`` (with loss scaling
-            on CUDA). Evaluation is always done in the precision of the weights.
-        num_workers, collate_fn, drop_last: of the loaders. ``drop_last`` concerns training;
-            evaluation covers every sample unless ``drop_last_in_evaluation``.
-        best_by, best_mode: a statistic, for instance ``'PSNR'``, and ``'min'`` or ``'max'``:
-            ``best.pth.tar`` keeps the epoch where it was best (in validation if there is one).
-        save_every: epochs between two checkpoints (the last epoch of a run is always saved).
-        also_save: dict of name to what else the checkpoint should keep: a second optimizer,
-            averaged weights, anything with ``state_dict`` and ``load_state_dict``.
-
-    Raises:
-        ValueError, TypeError: an argument makes no sense, or the settings conflict with those of
-            the checkpoint that was found, which is left alone.
-        RuntimeError: the checkpoint can't be read. OSError: the folder can't be written.
+    If ``output_dir`` already holds a checkpoint, it is loaded, after a check that it was made with the
+    same settings; else a first one is written, at epoch 0. TypeError and ValueError say which argument
+    is wrong, RuntimeError that the checkpoint can't be read, OSError that the folder can't be written.
+    Meant to be overridden: `step`, `setting`, `state_dict`, `load_state_dict`; set what these use first.
     """
+    net: nn.Module  # a `NeuralNetwork`, or any module with a method ``criterion(y, d)``
+    train_set: td.Dataset  # of pairs (x, d); or a ready `DataLoader`, used as it is
+    val_set: td.Dataset  # the same; None if nothing is to be evaluated
+    optimizer: torch.optim.Optimizer  # of ``net``; not LBFGS, whose step needs a closure
+    stats_manager: StatsManager
+    output_dir: str = None  # the folder (default: ``experiment_`` and the time), shared by all machines
+    batch_size: int = 16  # samples of a batch, over all processes
+    perform_validation_during_training: bool = False  # `history` then has pairs (training, validation)
+    _: dataclasses.KW_ONLY
+    seed: int = None  # of batch order, dropout, noise; default: the checkpoint's, at first from torch's generator
+    device: str = None  # 'cuda', 'mps', 'cpu' or 'auto': where ``net`` is moved; by default it stays
+    scheduler: dataclasses.InitVar[object] = None  # stepped after each epoch, `ReduceLROnPlateau` with ``best_by``
+    grad_clip: float = None  # upper bound on the norm of the gradient
+    batches_per_step: int = 1  # batches whose mean gradient makes one step; at the end of an epoch, what is left
+    precision: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of training; the last one with loss scaling
+    num_workers: int = 0  # of the loaders
+    collate_fn: object = None  # of the loaders
+    drop_last: bool = True  # leave out the last batch of an epoch if it is short
+    drop_last_in_evaluation: bool = False  # by default every sample is evaluated
+    best_by: str = None  # a statistic ('PSNR'; in validation if there is one): best.pth.tar has its best epoch
+    best_mode: Literal['min', 'max'] = 'min'
+    save_every: int = 1  # epochs between two checkpoints; the last one of a run is always saved
+    also_save: dict = None  # name to what has state_dict and load_state_dict: a second optimizer, averages
+    allow: tuple = ()  # settings that may differ from the checkpoint's: ``('Optimizer', 'Scheduler')``
 
-    # Defaults for subclasses that make their own set-up without calling __init__.
-    train_set = val_set = train_loader = val_loader = optimizer = stats_manager = None
-    batch_size, num_workers, collate_fn, drop_last, drop_last_in_evaluation = 16, 0, None, True, False
-    perform_validation_during_training, seed, precision, grad_clip = False, 0, 'float32', None
-    scheduler, best_by, best_mode, save_every, also_save = None, None, 'min', 1, {}
-    seconds, stopped, scaler = [], False, torch.amp.GradScaler(enabled=False)
-    _distributed_net, _averaged, _unsaved = None, False, None
+    # For subclasses of 2019, which need not call __init__. (_state: what a run that was left goes back to.)
+    train_loader = val_loader = _scheduler = _saved = _untrained = _state = None
+    batch, _seconds, _stopped, _scaler = 0, (), False, torch.amp.GradScaler(enabled=False)
 
-    def __init__(self, net, train_set, val_set, optimizer, stats_manager, output_dir=None,
-                 batch_size=16, perform_validation_during_training=False, *, seed=0, device=None,
-                 scheduler=None, grad_clip=None, precision='float32', num_workers=0,
-                 collate_fn=None, drop_last=True, drop_last_in_evaluation=False, best_by=None,
-                 best_mode='min', save_every=1, also_save=None):
-        vars(self).update({name: value for name, value in locals().items() if name != 'self'})
-        self.also_save, self.history, self.seconds = dict(also_save or {}), [], []
-        self._check_arguments()
-        self.seed, self.batch_size = int(seed), int(batch_size)
-        _start_distributed()
-        if device is not None:
-            device = _device(device)
-            net.to(device)
-            if 'device' in vars(net):
-                net.device = device
-        self.device = _device_of(net)
-        if precision == 'float16' and self.device.type == 'cuda':
-            self.scaler = torch.amp.GradScaler('cuda')
-        self.train_loader = self._loader(train_set, training=True)
-        self.val_loader = None if val_set is None else self._loader(val_set)
-        if _world_size() > 1:
-            for tensor in net.state_dict().values():  # all start from the weights of rank 0
-                dist.broadcast(tensor, 0)
-            self._distributed_net = nn.parallel.DistributedDataParallel(
-                net, device_ids=[self.device] if self.device.type == 'cuda' else None)
+    def __post_init__(self, scheduler):
+        self._scheduler, self.also_save, self.history = scheduler, dict(self.also_save or {}), []
+        self.allow = (self.allow,) if isinstance(self.allow, str) else tuple(self.allow)
+        _check_arguments(self)
+        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():  # started by torchrun
+            torch.cuda.is_available() and torch.cuda.set_device(find_device())
+            dist.init_process_group()
+        if self.device is not None:
+            self.net.to(find_device(self.device))
+            if 'device' in vars(self.net):
+                self.net.device = find_device(self.device)
+        self.device = _device_of(self.net)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
+        self.output_dir = os.path.expanduser(self.output_dir or f'experiment_{_from_all(time.time())[0]}')
+        self.checkpoint_path, self.best_path, self.config_path = (
+            os.path.join(self.output_dir, name) for name in ('checkpoint.pth.tar', 'best.pth.tar', 'config.txt'))
+        try:
+            _open(self)
+        except AttributeError as error:
+            raise AttributeError(f'{error}. Set it before you call super().__init__(), which needs it') from error
 
-        self.output_dir = output_dir or f'experiment_{_from_rank_0(time.time())}'
-        self.checkpoint_path = os.path.join(self.output_dir, 'checkpoint.pth.tar')
-        self.best_path = os.path.join(self.output_dir, 'best.pth.tar')
-        self.config_path = os.path.join(self.output_dir, 'config.txt')
-        if _from_rank_0(os.path.isfile(self.checkpoint_path)):
-            self._check_setting()
-            self.load()
-        else:
-            self.save()
-            if _rank() == 0:
-                self._read(self.checkpoint_path)  # lest a training end with one that can't be read
+    # --- the loop ----------------------------------------------------------------------------------
 
-    # --- training and evaluation -----------------------------------------------------------------
-
-    def run(self, num_epochs, plot=None):
+    def run(self, num_epochs, callback=None, *, after_batch=None, plot=None):
         """Trains until ``num_epochs`` epochs are done in all, those of earlier runs included.
 
-        ``plot``, if given, is called with the experiment once before training and after every
-        epoch: draw, log, or call `stop` there. The network is in evaluation mode meanwhile.
+        ``callback(exp)`` (``plot`` in the course) is called before training and after every epoch, in
+        evaluation mode and on one process only: draw, log, or call `stop`; ``after_batch(exp, loss)``
+        after every batch of training, whose number is ``exp.batch``. Both without gradients.
 
-        On an interrupt or an error, the experiment falls back to the last epoch that was finished,
-        and the exception goes on to the caller: a new call of ``run`` continues from there. A loss
-        that is NaN or infinite raises FloatingPointError, which names epoch and batch.
+        Whatever interrupts it, the experiment goes back to the last epoch that was finished; a new ``run``
+        continues from there. A loss or weights that are not finite raise FloatingPointError.
         """
-        _expect_count('num_epochs', num_epochs, 0)
-        _say(f'Start/Continue training from epoch {self.epoch}')
-        self.stopped, self._unsaved = False, None
-        if self.epoch < num_epochs:
-            self.save()  # the weights may have changed since: another experiment can share them
-        try:
-            with tqdm(total=operator.length_hint(self.train_loader) or None, leave=False,
-                      disable=not _interactive()) as bar:
-                self.net.eval()
-                if plot is not None:
-                    plot(self)
-                while self.epoch < num_epochs and not self.stopped:
-                    start = time.time()
+        _check_whole('num_epochs', num_epochs, 0)
+        callback, mode = callback or plot, self.net.training
+        with _locked(self, num_epochs), torch.no_grad(), _progress_bar(self.train_loader) as bar:
+            try:
+                _begin(self, num_epochs)
+                _call(self, callback)
+                while self.epoch < num_epochs and not self._stopped:
                     bar.set_description(f'Epoch {self.epoch + 1}/{num_epochs}', refresh=False)
-                    summary = _plain(self._train_epoch(bar))
-                    if self.perform_validation_during_training:
-                        summary = (summary, _plain(self.evaluate()))
-                    self.history.append(summary)
-                    if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                        self.scheduler.step(self._scores()[-1])
-                    elif self.scheduler is not None:
-                        self.scheduler.step()
-                    self.seconds = self.seconds + [time.time() - start]
-                    self._keep(last=self.epoch == num_epochs)
-                    _say(f'Epoch {self.epoch}/{num_epochs}: {self._line()} ({self.seconds[-1]:.2f} s)')
-                    if plot is not None:
-                        plot(self)
-                if self._unsaved:
-                    self.save()
-        except BaseException as error:
-            self._fall_back(error)
-            raise
-        _say(f'Finish training for {self.epoch} epochs')
+                    self._run_epoch(bar, after_batch)
+                    _keep(self, last=self.epoch == num_epochs)
+                    _say(f'Epoch {self.epoch}/{num_epochs}: {_line(self)} ({self._seconds[-1]:.2f} s)')
+                    _call(self, callback)
+                _keep(self, last=True)
+            except BaseException as error:
+                _fall_back(self, error)
+                raise
+            finally:
+                self.net.train(mode)
+        self._state = None
+        _say(f'{"Stopped after" if self.epoch < num_epochs else "Finish training for"} {self.epoch} epochs')
 
-    def _train_epoch(self, bar):
-        """One pass over the training set, shown in the progress bar. Returns its summary."""
+    def _run_epoch(self, bar, after_batch):
+        """Trains for one epoch, validates, and adds an entry to the history."""
+        start, autocast = time.time(), contextlib.nullcontext()
+        if self.precision != 'float32':
+            autocast = torch.autocast(_device_of(self.net).type, dtype=getattr(torch, self.precision))
         bar.reset()
-        self.net.train()
         self.stats_manager.init()
-        with _randomness(self.seed, self.epoch + 1, self.train_loader):
-            for number, batch in enumerate(self._batches(self.train_loader), start=1):
-                loss, x, y, d = self.step(batch)
-                loss = _number(loss)
+        with _one_pass(self, self.train_loader, self.epoch + 1):
+            for number, batch in enumerate(_batches(self, self.train_loader), start=1):
+                self.batch = number
+                with torch.enable_grad(), autocast:
+                    loss, x, y, d = self.step(batch)
+                loss = float(loss)
                 if not math.isfinite(loss):
-                    raise self._not_finite(f'the loss is {loss}', number, batch)
-                with torch.no_grad():
-                    self.stats_manager.accumulate(loss, x, y, d)
+                    raise _not_finite(self, f'the loss is {loss}', batch)
+                for part in _from_all((loss, x, y, d)):
+                    self.stats_manager.accumulate(*part)
+                if self.batch == 1:
+                    _check_statistics(self)
+                if after_batch is not None:
+                    after_batch(self, loss)
                 if not bar.disable:
                     bar.set_postfix_str(f'loss {loss:.4g}', refresh=False)
                     bar.update()
-        if not all(torch.isfinite(p).all() for p in self.net.parameters()):  # of the last update
-            raise self._not_finite('weights are not finite', number, batch)
-        self.net.eval()
-        if _world_size() > 1:  # each process has its own batch-norm statistics: rank 0's count
-            for buffer in self.net.buffers():
-                dist.broadcast(buffer, 0)
-        return self._summarize()
+        if not all(torch.isfinite(p).all() for p in self.net.parameters()):  # spoilt by the last update
+            raise _not_finite(self, 'weights are not finite', batch)
+        self.batch = 0
+        for buffer in self.net.buffers() if _world_size() > 1 else ():
+            dist.broadcast(buffer, 0)  # the batch-norm statistics of the first process count
+        summary = _kept(self.stats_manager.summarize())
+        self.history.append((summary, _kept(self.evaluate())) if self.perform_validation_during_training else summary)
+        _step_scheduler(self, self.history[-1])
+        self._seconds = [*self._seconds, *[math.nan] * self.epoch][:self.epoch - 1] + [time.time() - start]
 
     def step(self, batch):
         """What is done with one batch, in training and in evaluation: **the method to override**.
 
-        ``batch`` is what the loader gives, on the network's device. Return the loss (one value),
-        and the x, y, d that `StatsManager.accumulate` takes. Call the network as ``self.model(x)``,
-        and call ``self.update(loss)`` where the weights are to change; it does nothing in
-        evaluation. For instance, with two networks in ``self.net``, and two optimizers::
+        ``batch`` is what the loader gives, on the network's device. Return the loss (one value), and
+        the x, y, d that `StatsManager.accumulate` takes. Call ``self.update(loss)`` where the weights
+        are to change; it does nothing in evaluation. For instance, with two optimizers::
 
             def step(self, x):
                 loss_d = self.net.loss_of_discriminator(x)
@@ -301,456 +323,669 @@ class Experiment:
             raise TypeError(f'a batch must be a pair (x, d), got a {type(batch).__name__} of '
                             f'{operator.length_hint(batch)}: override step')
         x, d = batch
-        with self.autocast():
-            y = self.model(x)
-            loss = self.net.criterion(y, d)
+        y = self.net(x)
+        loss = self.net.criterion(y, d)
         self.update(loss)
         return loss, x, y, d
 
     def update(self, loss, optimizer=None):
-        """One step of ``optimizer`` (default: the experiment's) down the gradient of ``loss``."""
+        """One step of ``optimizer`` (default: the experiment's) down the gradient of ``loss``, averaged
+        over the processes of torchrun, and over ``batches_per_step`` batches (with one optimizer)."""
         if not self.net.training:
             return
-        optimizer = optimizer or self.optimizer
-        optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        if self._distributed_net is not None and not self._averaged:
-            for p in _parameters(optimizer):  # `loss` was not computed through `model`
-                if p.grad is not None:
-                    dist.all_reduce(p.grad)
-                    p.grad /= _world_size()
-        self._averaged = False
+        if loss.numel() != 1:
+            raise ValueError(f'the loss must be one number, got the shape {tuple(loss.shape)}: take its mean')
+        optimizer, number, batches = optimizer or self.optimizer, 1, 1
+        if self.batches_per_step > 1:
+            number = (self.batch - 1) % self.batches_per_step + 1  # of this batch among those of the step
+            batches = min(self.batches_per_step, len(self.train_loader) - self.batch + number)
+            loss = loss / batches
+        if number == 1:
+            optimizer.zero_grad()
+        self._scaler.scale(loss).backward()
+        if number < batches:
+            return
+        _average_gradients(optimizer)
         if self.grad_clip is not None:
-            self.scaler.unscale_(optimizer)
+            self._scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(_parameters(optimizer), self.grad_clip)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def model(self, *args, **kwargs):
-        """Calls the network, as `step` should: under torchrun, training, gradients are then averaged
-        over the processes while they are computed (otherwise `update` does so afterwards)."""
-        if self._distributed_net is None or not self.net.training:
-            return self.net(*args, **kwargs)
-        self._averaged = True
-        return self._distributed_net(*args, **kwargs)
-
-    def autocast(self):
-        """Context in which the forward pass is done in the chosen ``precision`` of training."""
-        if self.precision == 'float32' or not self.net.training:
-            return contextlib.nullcontext()
-        return torch.autocast(_device_of(self.net).type, dtype=getattr(torch, self.precision))
-
-    def evaluate(self, data=None):
-        """The summary over all of ``data`` (data set or `DataLoader`; default: the validation set),
-        with the network in evaluation mode. Random numbers drawn meanwhile follow from the seed alone,
-        and leave those of the training and of the caller as they were."""
-        loader = self.val_loader if data is None else self._loader(data)
-        _expect(loader is not None, 'there is nothing to evaluate: val_set is None; pass a data set')
-        self.stats_manager.init()
-        with self._evaluating(loader):
-            for batch in self._batches(loader):
-                loss, x, y, d = self.step(batch)
-                self.stats_manager.accumulate(_number(loss), x, y, d)
-        return self._summarize()
-
-    def predict(self, data):
-        """The network's outputs for all of ``data``, in order: a tensor (N, ...) on the CPU. ``data``
-        is a tensor of inputs (N, ...), a data set or a `DataLoader`; of pairs (x, d), x is taken.
-        Under torchrun each process computes them all."""
-        loader = data if isinstance(data, td.DataLoader) else td.DataLoader(
-            data, self.batch_size, collate_fn=self.collate_fn)
-        with self._evaluating(loader):
-            return torch.cat([self.net(batch[0] if isinstance(batch, (list, tuple)) else batch).cpu()
-                              for batch in self._batches(loader)])
+        self._scaler.step(optimizer)
+        self._scaler.update()
 
     def stop(self):
-        """Ends the run after the present epoch. To be called by the ``plot`` callback; for instance
-        to stop early: ``if exp.epoch - exp.best[0] >= 10: exp.stop()``."""
-        self.stopped = True
+        """Ends the run after the present epoch: ``if exp.epoch - exp.best[0] >= 10: exp.stop()``."""
+        self._stopped = True
 
-    # --- history ---------------------------------------------------------------------------------
+    # --- evaluation --------------------------------------------------------------------------------
+
+    def evaluate(self, data=None):
+        """The summary over all of ``data`` (data set or `DataLoader`; default: the validation set), in
+        evaluation mode. Random numbers drawn meanwhile follow from the seed alone, and leave those of
+        the training and of the caller as they were. Under torchrun each process evaluates it all."""
+        loader = self.val_loader if data is None else _loader(self, data)
+        if loader is None:
+            raise ValueError('there is nothing to evaluate: val_set is None; pass a data set')
+        stats = copy.copy(self.stats_manager) if self.batch else self.stats_manager  # called by a step, or not
+        stats.init()
+        with _one_pass(self, loader):
+            for batch in _batches(self, loader):
+                loss, *rest = self.step(batch)
+                stats.accumulate(float(loss), *rest)
+        return stats.summarize()
+
+    def predict(self, data, targets=False):
+        """The network's outputs (of several, the first) for all of ``data``, in order: a tensor (N, ...) on
+        the CPU; with ``targets`` a pair of it and what was desired. ``data`` is a tensor of inputs (N, ...),
+        a data set, or a `DataLoader`, whose data set is gone through in order."""
+        collate = None if isinstance(data, torch.Tensor) else getattr(data, 'collate_fn', self.collate_fn)
+        data = data.dataset if isinstance(data, td.DataLoader) else data
+        loader, outputs, desired = td.DataLoader(data, self.batch_size, collate_fn=collate), [], []
+        with _one_pass(self, loader):
+            for batch in _batches(self, loader):
+                y, d = (self.net(batch), None) if isinstance(batch, torch.Tensor) else self.step(batch)[2:]
+                outputs.append((y[0] if isinstance(y, (tuple, list)) else y).cpu())
+                desired.append(d.cpu() if targets else None)
+        return (torch.cat(outputs), torch.cat(desired)) if targets else torch.cat(outputs)
+
+    # --- history -----------------------------------------------------------------------------------
 
     @property
     def epoch(self):
         """How many epochs are done."""
         return len(self.history)
 
-    @property
+    @readable
+    def seconds(self):
+        """How long each epoch took, a list."""
+        return list(self._seconds)
+
+    @readable
     def best(self):
-        """(epoch, value) at which the statistic ``best_by`` (by default the loss) was best, the
-        first epoch being 1; (0, nan) before it. Values that are NaN don't count."""
-        scores = [(k, score) for k, score in enumerate(self._scores(), start=1) if not math.isnan(score)]
-        better = max if self.best_mode == 'max' else min
-        return better(scores, key=operator.itemgetter(1), default=(0, math.nan))
+        """(epoch, value) at which the statistic ``best_by`` (by default the loss) was best, the first
+        epoch being 1; (0, nan) before it. Values that are NaN don't count."""
+        return _best(self)
 
     def table(self):
-        """The history as a list of flat dicts, one an epoch: ``epoch``, the training statistics,
-        the validation statistics with ``val_`` before their names, and ``seconds``."""
-        rows = []
-        for k, entry in enumerate(self.history, start=1):
-            pair = entry if self.perform_validation_during_training else (entry, {})
-            train, val = [part if isinstance(part, dict) else {'loss': part} for part in pair]
-            rows.append({'epoch': k, **train, **{f'val_{name}': value for name, value in val.items()}})
-            if k <= len(self.seconds):
-                rows[-1]['seconds'] = self.seconds[k - 1]
-        return rows
+        """The history as a list of flat dicts, one an epoch: ``epoch``, the training statistics, the
+        validation statistics with ``val_`` before their names, and ``seconds``; numbers and lists."""
+        seconds = [*self._seconds, *[math.nan] * self.epoch]
+        return [{'epoch': k + 1, **_row(self, self.history[k]), 'seconds': seconds[k]} for k in range(self.epoch)]
 
     def to_csv(self, path):
         """Writes `table` to a CSV file."""
-        text, rows = io.StringIO(), self.table()
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-        _write(path, lambda file: file.write(text.getvalue().encode()))
+        rows = Experiment.table(self)
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(path, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
 
-    def to_dataframe(self):
-        """`table` as a pandas DataFrame, indexed by epoch. Raises ImportError without pandas."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError('to_dataframe needs pandas: pip install pandas, or use table()') from error
-        return pandas.DataFrame(self.table() or {'epoch': []}).set_index('epoch')
-
-    # --- checkpoints -----------------------------------------------------------------------------
+    # --- checkpoints -------------------------------------------------------------------------------
 
     def state_dict(self):
         """All that `load_state_dict` needs to go on as if nothing had happened."""
-        return {'Net': self.net.state_dict(), 'Optimizer': self.optimizer.state_dict(),
-                'History': self.history, 'Format': FORMAT, 'Seconds': self.seconds,
-                **{name: item.state_dict() for name, item in self._also().items()}}
+        return {name: item.state_dict() for name, item in _items(self).items()} | {
+            'History': self.history, 'Seconds': list(self._seconds), 'Best': (self.best_by, self.best_mode),
+            'Setting': _settings(self), 'Format': FORMAT}
 
     def load_state_dict(self, checkpoint):
-        """Takes over a state that `state_dict` returned, or one of the original helper. Raises
-        ValueError, before anything is changed, if it doesn't fit network or optimizer."""
-        differences = _differences(checkpoint['Net'], self.net.state_dict())
-        _expect(not differences, '\n'.join(['the checkpoint is that of another network:', *differences]))
-        missing = sorted(set(self.also_save) - set(checkpoint))
-        _expect(not missing, f'the checkpoint has no {", ".join(missing)}, which is in also_save')
-        self.optimizer.load_state_dict(checkpoint['Optimizer'])
-        self.net.load_state_dict(checkpoint['Net'])
-        self.history = _plain(checkpoint['History'])
-        self.seconds = list(checkpoint.get('Seconds', [math.nan] * self.epoch))
-        for name, item in self._also().items():
-            if name in checkpoint:
-                item.load_state_dict(checkpoint[name])
+        """Takes over a state that `state_dict` returned, or one of the original helper. ValueError: it
+        doesn't fit network or optimizer; everything is left as it was."""
+        if missing := sorted({'Net', 'History', *(self.also_save or ())} - checkpoint.keys()):
+            raise ValueError(f'the checkpoint has no {", ".join(missing)}')
+        items = {name: item for name, item in _items(self).items() if name in checkpoint}
+        before = copy.deepcopy({name: item.state_dict() for name, item in items.items()})
+        history = [_kept(entry) for entry in checkpoint['History']]
+        try:
+            for name, item in items.items():
+                item.load_state_dict(copy.deepcopy(checkpoint[name]))
+        except Exception as error:
+            for key, item in items.items():
+                item.load_state_dict(before[key])
+            raise ValueError(f'{self.output_dir} holds another {name}: {error}. Give all groups '
+                             'of an optimizer from the start, and freeze and thaw by requires_grad_ and their rates '
+                             '(README, "Freeze, train, thaw, train on")') from error
+        self.history, self._seconds = history, list(checkpoint.get('Seconds', [math.nan] * len(history)))
 
     def save(self, path=None):
-        """Writes a checkpoint (default: ``checkpoint.pth.tar``), and beside the first one
-        ``config.txt``. The file that was there stays whole until the new one is complete."""
+        """Writes a checkpoint (default: ``checkpoint.pth.tar``) of the last finished epoch, all of it or
+        nothing; and beside the first one ``config.txt``, for people."""
         if _rank() == 0:
-            if not (os.path.isfile(self.checkpoint_path) and os.path.isfile(self.config_path)):
-                _write(self.config_path, lambda file: file.write(f'{self}\n'.encode()))
-            state = self.state_dict()
+            if not os.path.isfile(self.config_path):
+                _write(self.config_path, lambda file: file.write(f'{self!r}\n'.encode()))
+            state = self._state or self.state_dict()
             _write(path or self.checkpoint_path, lambda file: torch.save(state, file))
-        if _world_size() > 1:
-            dist.barrier()
+        self._saved = self.epoch if path is None else self._saved
 
     def load(self, path=None):
-        """Goes back to a checkpoint (default: the last; ``exp.load(exp.best_path)``: the best).
-        Raises RuntimeError if the file can't be read, and says why and what to do."""
-        self.load_state_dict(self._read(path or self.checkpoint_path))
+        """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read."""
+        _take(self, _read(self, path or self.checkpoint_path))
+        self._saved = None
+        _put_aside_stale_best(self)
+
+    def load_best(self):
+        """Takes the weights of the best epoch (see ``best_by``). History and optimizer stay."""
+        _unwrapped(self.net).load_state_dict(_read(self, self.best_path)['Net'])
 
     def setting(self):
         """The settings, by name, that a checkpoint must share with the experiment that loads it.
-        Subclasses may add their own; what is compared is the text of each value."""
-        setting = {'Net': self.net, 'TrainSet': self.train_set, 'ValSet': self.val_set,
-                   'Optimizer': self.optimizer, 'StatsManager': self.stats_manager,
-                   'BatchSize': self.batch_size,
-                   'PerformValidationDuringTraining': self.perform_validation_during_training}
-        for name, data in (('TrainSetSize', self.train_set), ('ValSetSize', self.val_set)):
-            if operator.length_hint(data):
-                setting[name] = len(data)
-        return setting | {'Seed': self.seed, 'Precision': self.precision,
-                          'GradClip': self.grad_clip and float(self.grad_clip),
-                          'Scheduler': self.scheduler and type(self.scheduler).__name__}
+        Subclasses may add their own. Stored and compared are plain values and texts (`repr`)."""
+        train_set, val_set = getattr(self, 'train_set', None), getattr(self, 'val_set', None)
+        size = train_set.batch_size if isinstance(train_set, td.DataLoader) else self.batch_size
+        return {'Net': self.net, 'TrainSet': train_set, 'ValSet': val_set, 'Optimizer': self.optimizer,
+                'StatsManager': self.stats_manager, 'BatchSize': size, 'TrainSetSize': _size(train_set),
+                'PerformValidationDuringTraining': self.perform_validation_during_training,
+                'ValSetSize': _size(val_set), 'Seed': self.seed, 'Precision': self.precision, 'Scheduler': self._scheduler,
+                'GradClip': self.grad_clip, 'BatchesPerStep': self.batches_per_step, 'DropLast': self.drop_last}
 
     def __repr__(self):
-        return ''.join(f'{name}({value})\n' for name, value in self.setting().items())
-
-    # --- helpers of the above --------------------------------------------------------------------
-
-    def _read(self, path):
-        return load_checkpoint(path, _device_of(self.net), KEYS & self.state_dict().keys())
-
-    def _loader(self, data, training=False):
-        """The loader of a data set. Each process gets its share: of every batch in training,
-        of the batches in evaluation, so that no sample counts twice."""
-        if isinstance(data, td.DataLoader):
-            return data
-        name = 'train_set' if training else 'the data set to evaluate'
-        _expect(hasattr(data, '__len__') and hasattr(data, '__getitem__'),
-                f'{name} must be a data set with a length (an iterable one goes in a DataLoader of '
-                f'your own), got {type(data).__name__}', TypeError)
-        world, rank, size = _world_size(), _rank(), self.batch_size
-        drop_last = self.drop_last if training else self.drop_last_in_evaluation
-        _expect(not training or size % world == 0,
-                f'batch_size must be a multiple of the number of processes, {world}, got {size}')
-        _expect(len(data) >= (size if drop_last else 1),
-                f'{name} has {len(data)} samples, too few for one batch of {size}: '
-                'lower batch_size, or keep the last short batch')
-        options = dict(num_workers=self.num_workers, collate_fn=self.collate_fn,
-                       pin_memory=_device_of(self.net).type == 'cuda')
-        if training:
-            sampler = _Shuffle(data, world, rank, seed=mix_seeds(self.seed) % 2**31, drop_last=drop_last)
-            return td.DataLoader(data, size // world, sampler=sampler, drop_last=drop_last, **options)
-        batches = list(td.BatchSampler(range(len(data)), size, drop_last))
-        return td.DataLoader(data, batch_sampler=batches[rank::world], **options)
-
-    def _batches(self, loader):
-        """The batches of a loader, on the network's device."""
-        device, batch = _device_of(self.net), None
-        for batch in loader:  # which gives them on the CPU
-            yield batch if device.type == 'cpu' else _to(batch, device)
-        _expect(batch is not None or _world_size() > 1,
-                'the data gave no batch: it is empty, or shorter than one batch that may not be short')
-
-    @contextlib.contextmanager
-    def _evaluating(self, loader):
-        was_training = self.net.training
-        self.net.eval()
-        try:
-            with torch.no_grad(), _randomness(self.seed, 0, loader):
-                yield
-        finally:
-            self.net.train(was_training)
-
-    def _summarize(self):
-        """The summary of the pass, over all processes: what `init` sets to zero is added up."""
-        if _world_size() > 1:
-            stats, fresh = vars(self.stats_manager), copy.deepcopy(self.stats_manager)
-            fresh.init()
-            shares = [None] * _world_size()
-            dist.all_gather_object(shares, _to({name: stats[name] for name in vars(fresh)}, 'cpu'))
-            for name, zero in vars(fresh).items():
-                parts = [share[name] for share in shares]
-                if isinstance(zero, list):
-                    stats[name] = zero + sum((part[len(zero):] for part in parts), [])
-                elif hasattr(zero, '__add__') and not isinstance(zero, (bool, str, tuple)):
-                    total = sum(parts) - (len(parts) - 1) * _to(zero, 'cpu')
-                    stats[name] = _to(total, getattr(zero, 'device', 'cpu'))
-        return self.stats_manager.summarize()
-
-    def _keep(self, last):
-        """Saves the epoch just done. The best goes first: if a kill comes between the two, the
-        epoch is done again, and both are written again."""
-        if self.best_by is not None and self.best[0] == self.epoch:
-            self.save(self.best_path)
-        saved = last or self.epoch % self.save_every == 0
-        if saved:
-            self.save()
-        self._unsaved = None if saved else copy.deepcopy(self.state_dict())
-
-    def _fall_back(self, error):
-        """Returns to the last epoch that was finished."""
-        if self._unsaved:
-            self.load_state_dict(self._unsaved)
-        elif os.path.isfile(self.checkpoint_path):
-            self.load()
-        self.net.eval()
-        _say(f'{type(error).__name__}: back to epoch {self.epoch}, the last one finished. '
-             'Call run again to go on from there.')
-
-    def _scores(self):
-        """The statistic ``best_by`` of each epoch, in validation if there is one."""
-        rows, name = self.table(), self.best_by or 'loss'
-        column = f'val_{name}' if self.perform_validation_during_training else name
-        _expect(all(column in row for row in rows), f'there is no statistic {name!r}: the stats manager '
-                f'returned {self.history[-1:]}; set best_by to one that it returns')
-        return [float(row[column]) for row in rows]
-
-    def _line(self):
-        """The last entry of the history as text."""
-        return ', '.join(f'{name} {value:.4g}' for name, value in self.table()[-1].items()
-                         if name not in ('epoch', 'seconds') and isinstance(value, (int, float)))
-
-    def _not_finite(self, what, number, batch):
-        hint = ('the data of that batch is finite: a lower learning rate or grad_clip may help'
-                if all(torch.isfinite(tensor).all() for tensor in _tensors(batch)) else
-                'the batch itself holds values that are not finite: mend the data')
-        return FloatingPointError(f'{what} in epoch {self.epoch + 1}, batch {number}; {hint}')
-
-    def _also(self):
-        """What the checkpoint keeps beside network and optimizer."""
-        more = {'Scheduler': self.scheduler} if self.scheduler is not None else {}
-        more |= {'Scaler': self.scaler} if self.scaler.is_enabled() else {}
-        return more | self.also_save
-
-    def _check_setting(self):
-        """Raises ValueError if the settings differ in meaning from those that are stored. What only
-        one side knows (from another version of this file) is not compared."""
-        checkpoint = self._read(self.checkpoint_path)
-        conflicts = _differences(checkpoint['Net'], self.net.state_dict()) if 'Net' in checkpoint else []
-        stored, given = {}, _split_setting(f'{self}\n')
-        if os.path.isfile(self.config_path):
-            with open(self.config_path, encoding='utf-8', errors='replace') as file:
-                stored = _split_setting(file.read())
-        if 'BatchSize' not in stored:
-            _say(f'{self.config_path} can not be read: only the parameters of the network are compared')
-        conflicts += [f'  {name}: stored {stored[name]}, given {given[name]}' for name in given
-                      if name in stored and not _same_setting(stored[name], given[name])]
-        _expect(not conflicts, '\n'.join([
-            f'{self.output_dir} holds a checkpoint made with other settings:', *conflicts,
-            'Use the stored settings to go on, or another output_dir to start anew.']))
-
-    def _check_arguments(self):
-        """Raises TypeError or ValueError for what can't work, before anything is made or written."""
-        net, optimizer, stats = self.net, self.optimizer, self.stats_manager
-        kind = type(net).__name__
-        _expect(isinstance(net, nn.Module), f'net must be a torch.nn.Module, got {kind}', TypeError)
-        _expect(hasattr(net, 'criterion') or type(self).step is not Experiment.step,
-                f'net must have a method criterion(y, d), its loss: {kind} has none', TypeError)
-        _expect(_has(optimizer, 'step', 'zero_grad', 'param_groups'),
-                f'optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__} (the order '
-                'is net, train_set, val_set, optimizer, stats_manager)', TypeError)
-        _expect(_has(stats, 'init', 'accumulate', 'summarize'),
-                f'stats_manager must be a StatsManager, got {stats!r}', TypeError)
-        own = {id(p) for _, p in nn.Module.named_parameters(net)}
-        _expect(any(id(p) in own for p in _parameters(optimizer)),
-                'optimizer holds no parameter of net: build it from net.parameters()')
-        _expect(getattr(self.scheduler, 'optimizer', optimizer) is optimizer,
-                'scheduler belongs to another optimizer: build it from the one given here')
-        for name, least in (('batch_size', 1), ('num_workers', 0), ('save_every', 1), ('seed', 0)):
-            _expect_count(name, getattr(self, name), least)
-        clip = self.grad_clip
-        _expect(clip is None or isinstance(clip, (int, float)) and clip > 0,
-                f'grad_clip must be a number, more than 0, got {clip!r}')
-        for name, value, words in (('precision', self.precision, ('float32', 'bfloat16', 'float16')),
-                                   ('best_mode', self.best_mode, ('min', 'max'))):
-            _expect(value in words, f'{name} must be one of {words}, got {value!r}')
-        _expect(self.val_set is not None or not self.perform_validation_during_training,
-                'perform_validation_during_training needs a val_set, got None')
-        for name, item in self.also_save.items():
-            _expect(_has(item, 'state_dict', 'load_state_dict'),
-                    f'also_save[{name!r}] has no state_dict: got {type(item).__name__}', TypeError)
-            _expect(name not in KEYS | {'Format', 'Seconds', 'Scheduler', 'Scaler'},
-                    f'also_save[{name!r}] needs another name: the checkpoint has that one already')
+        return ''.join(f'{name}({_text(value)})\n' for name, value in self.setting().items())
 
 
-# --- checks --------------------------------------------------------------------------------------
+# --- state: what a run begins with, keeps, and goes back to ------------------------------------------
 
-def _expect(condition, message, error=ValueError):
-    if not condition:
-        raise error(message)
-
-
-def _expect_count(name, value, least):
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    _expect(whole and value >= least, f'{name} must be a whole number, {least} or more, got {value!r}')
+def _items(exp):
+    """What has a state of its own, by its name in the checkpoint."""
+    items = {'Net': _unwrapped(exp.net), 'Optimizer': exp.optimizer, 'Scheduler': exp._scheduler,
+             'Scaler': exp._scaler if exp._scaler.is_enabled() else None, **(exp.also_save or {})}
+    return {name: item for name, item in items.items() if item is not None}
 
 
-def _has(item, *names):
-    return not isinstance(item, type) and all(hasattr(item, name) for name in names)
+def _open(exp):
+    """Goes on from the checkpoint in the folder, if its settings agree, or writes the first one."""
+    stored = _read(exp, exp.checkpoint_path) if _from_all(os.path.isfile(exp.checkpoint_path))[0] else {}
+    old = (stored.get('Setting') or _settings_of_config(exp.config_path)) if stored else {}
+    exp.seed = old.get('Seed', _new_seed()) if exp.seed is None else exp.seed
+    if exp.best_by is None:
+        exp.best_by, exp.best_mode = stored.get('Best', (None, exp.best_mode))
+    exp.train_loader = _loader(exp, exp.train_set, training=True)
+    exp.val_loader = None if exp.val_set is None else _loader(exp, exp.val_set)
+    for tensor in exp.net.state_dict().values() if _world_size() > 1 else ():
+        dist.broadcast(tensor, 0)  # all start from the weights of the first process
+    differences, trained = _compare_settings(exp, old), bool(stored.get('History', stored))
+    if trained and not differences.keys() <= set(exp.allow):
+        lines = [line for name in differences if name not in exp.allow for line in differences[name]]
+        raise ValueError('\n  '.join([f'{exp.output_dir} holds a checkpoint made with other settings:', *lines])
+                         + '\nUse the stored settings, or another output_dir to start anew; '
+                         f'allow={tuple(differences)!r} goes on with the new ones.')
+    with contextlib.nullcontext() if trained else contextlib.suppress(ValueError):
+        if trained or stored and not differences:  # before the first epoch, there is nothing to lose
+            _take_with_changes(exp, stored, {'Optimizer', 'Scheduler'} & differences.keys())
+    if not trained or differences:
+        exp.save()
+        _rank() or _read(exp, exp.checkpoint_path)  # lest a training ends with what can't be read
+    exp._saved = exp.epoch
+    _put_aside_stale_best(exp)
 
 
-# --- device, random numbers, processes -----------------------------------------------------------
-
-def find_device():
-    """The best device of this machine: CUDA (under torchrun, this process's own), MPS or CPU."""
-    if torch.cuda.is_available():
-        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+def _read(exp, path):
+    return load_checkpoint(path, keys=KEYS if type(exp).state_dict is Experiment.state_dict else set())
 
 
-def _device(name):
-    """The device of that name; ValueError if there is none here."""
+def _take_with_changes(exp, state, changed):
+    """Takes a state; optimizer and schedule, if changed, as given, the schedule as if from the first epoch."""
+    groups = [{k: v for k, v in group.items() if k != 'params'} for group in exp.optimizer.param_groups]
+    same_kind = state.get('Setting', {}).get('Optimizer') == type(exp.optimizer).__name__
+    _take(exp, {name: value for name, value in state.items() if not changed or name != 'Scheduler' and (
+        name != 'Optimizer' or same_kind)})  # the state of another kind of optimizer is of no use
+    for group, given in zip(exp.optimizer.param_groups, groups) if changed else ():
+        group.update(given)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch misses the steps of the optimizer
+        for entry in exp.history if changed else ():
+            _step_scheduler(exp, entry)
+
+
+def _take(exp, state):
+    """Goes to a state; if that is interrupted, the next `run` does it again."""
+    before, exp._state = exp._state, state
     try:
-        device = find_device() if name == 'auto' else torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be 'cuda', 'mps', 'cpu' or 'auto', got {name!r}") from error
-    here = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available}
-    _expect(device.type not in here or here[device.type](),
-            f"device {name!r} is not available here; use device='auto' for the best one that is")
-    return device
+        exp.load_state_dict(state)
+    except Exception:  # it does not fit, and nothing was changed
+        exp._state = before
+        raise
+    exp._state = None
+
+
+def _begin(exp, num_epochs):
+    """Starts from a whole state, and remembers it."""
+    if exp._state is not None:  # a run was left, and interrupted again on its way back
+        _take(exp, exp._state)
+    exp.seed = _new_seed() if exp.seed is None else exp.seed
+    _say(f'Start/Continue training from epoch {exp.epoch}')
+    _say_what_is_not_trained(exp)
+    exp._stopped, exp.batch = False, 0
+    exp.net.eval()
+    if exp.epoch < num_epochs:
+        if exp.perform_validation_during_training:
+            _try_last_batch(exp)
+        exp.save()  # the weights may have changed since: another experiment can share them
+    exp._state = _copied_state(exp)
+
+
+def _keep(exp, last):
+    """Remembers the epoch just finished, and saves it. The best goes first: if a kill comes between the
+    two, the epoch is done again, and both are written again."""
+    if exp._saved != exp.epoch:
+        exp._state = _copied_state(exp)
+        if exp.best_by is not None and _best(exp)[0] == exp.epoch:
+            exp.save(exp.best_path)
+        if last or exp.epoch % exp.save_every == 0:
+            exp.save()
+
+
+def _copied_state(exp):
+    state = exp.state_dict()  # but for the entries of the history, which don't change
+    return copy.deepcopy(state, {id(entries): list(entries) for entries in [state.get('History')]})
+
+
+def _call(exp, callback):
+    """On one process; the others wait for it, and hear whether it called `stop`."""
+    if callback is not None and _rank() == 0:
+        callback(exp)
+    exp._stopped = _from_all(exp._stopped)[0]
+
+
+def _fall_back(exp, error):
+    """Returns to the last epoch that was finished, and saves it if it is not on disk."""
+    if exp._state is None:  # nothing has been done yet
+        return
+    exp.batch, saved = 0, 'saved'
+    _take(exp, exp._state)
+    try:
+        _keep(exp, last=True)
+    except OSError as full:
+        saved = f'in memory only ({full})'
+    exp._state = None
+    _say(f'{type(error).__name__}: back to epoch {exp.epoch}, the last one finished, which is {saved}. '
+         'Call run again to go on from there.')
+    if _world_size() > 1:
+        dist.destroy_process_group()  # so that the others don't wait for this one for ever
+
+
+# --- checks: what is wrong, and what to do about it --------------------------------------------------
+
+def _check_whole(name, value, least):
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise ValueError(f'{name} must be a whole number, {least} or more, got {value!r}')
+
+
+def _check_arguments(exp):
+    """Raises TypeError or ValueError for what can't work, before anything is made or written."""
+    criterion = 'criterion' if type(exp).step is Experiment.step else 'state_dict'
+    for name, value, attribute, what in (
+            ('net', exp.net, 'named_modules', 'a torch.nn.Module'),
+            ('net', exp.net, criterion, 'a module with a method criterion(y, d), its loss'),
+            ('optimizer', exp.optimizer, 'param_groups',
+             'a torch.optim.Optimizer (the order is net, train_set, val_set, optimizer, stats_manager)'),
+            ('stats_manager', exp.stats_manager, 'accumulate', 'a StatsManager'),
+            *((f'also_save[{key!r}]', item, 'load_state_dict', 'something with state_dict')
+              for key, item in exp.also_save.items())):
+        if isinstance(value, type) or not hasattr(value, attribute):
+            raise TypeError(f'{name} must be {what}, got {value if isinstance(value, type) else type(value).__name__}')
+    for name in ('step', 'update'):  # a subclass of 2019 may have its own, of another kind
+        try:
+            inspect.signature(getattr(exp, name)).bind(None)
+        except TypeError:
+            raise TypeError(f'{type(exp).__name__}.{name} must take one argument, as that of nntools does: '
+                            'see its docstring, or rename yours') from None
+    for field in dataclasses.fields(Experiment):
+        value, words = getattr(exp, field.name), get_args(field.type)
+        if words and value not in words:
+            raise ValueError(f'{field.name} must be one of {words}, got {value!r}')
+        if field.type is int and value is not None:
+            _check_whole(field.name, value, 0 if field.name in ('seed', 'num_workers') else 1)
+            setattr(exp, field.name, int(value))
+    _check_combinations(exp)
+
+
+def _check_combinations(exp):
+    """Raises ValueError for arguments that don't go together."""
+    own, scheduler, clip = list(nn.Module.parameters(exp.net)), exp._scheduler, exp.grad_clip
+    taken = exp.also_save.keys() & (KEYS | {'Scheduler', 'Scaler', 'Seconds', 'Best', 'Setting', 'Format'})
+    for wrong, message in (
+            (isinstance(exp.optimizer, torch.optim.LBFGS), 'LBFGS needs a closure at each step: take another optimizer'),
+            (any(isinstance(p, nn.parameter.UninitializedParameter) for p in own),
+             'net has lazy modules: send one batch through it first, and build the optimizer then'),
+            (not set(map(id, own)) & set(map(id, _parameters(exp.optimizer))),
+             'optimizer holds no parameter of net: build it from net.parameters()'),
+            (getattr(scheduler, 'optimizer', exp.optimizer) is not exp.optimizer,
+             'scheduler belongs to another optimizer: build it from the one given here'),
+            (isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != exp.best_mode,
+             f'scheduler has mode={getattr(scheduler, "mode", 0)!r}, but best_mode is {exp.best_mode!r}: make them alike'),
+            (clip is not None and not (isinstance(clip, (int, float)) and clip > 0),
+             f'grad_clip must be a number, more than 0, got {clip!r}'),
+            (exp.val_set is None and exp.perform_validation_during_training,
+             'perform_validation_during_training needs a val_set, got None'),
+            (taken, f'also_save{list(taken)} needs another name: the checkpoint has that one already')):
+        if wrong:
+            raise ValueError(message)
+
+
+def _say_what_is_not_trained(exp):
+    known = {id(p) for item in _items(exp).values() if hasattr(item, 'param_groups') for p in _parameters(item)}
+    names = [name for name, p in nn.Module.named_parameters(exp.net) if p.requires_grad and id(p) not in known]
+    if names and names != exp._untrained:
+        _say(f'In no group of the optimizer, so that they will not be trained: {", ".join(names[:5])}' + ' ...' * (len(names) > 5))
+    exp._untrained = names
+
+
+def _try_last_batch(exp):
+    """Evaluates the last batch, which may be short, so that what is wrong shows before the first epoch."""
+    loader, data = exp.val_loader, exp.val_loader.dataset
+    if isinstance(data, td.IterableDataset) or not loader.batch_size:
+        return
+    short = 0 if loader.drop_last else len(data) % loader.batch_size
+    last = td.Subset(data, range(max(len(data) - (short or loader.batch_size), 0), len(data)))
+    try:
+        exp.evaluate(td.DataLoader(last, loader.batch_size, collate_fn=loader.collate_fn))
+    except RuntimeError as error:
+        raise RuntimeError(f'the last batch of the evaluation has {len(last)} samples, others {loader.batch_size}: {error}. If '
+                           'the network can take no fewer, give drop_last_in_evaluation=True') from error
+    except (ValueError, ArithmeticError):  # there are statistics for which one batch is too little
+        return
+    _check_statistics(exp)
+
+
+def _check_statistics(exp):
+    """Refuses after one batch what can't be kept, and a ``best_by`` that is no statistic."""
+    try:
+        summary = _kept(exp.stats_manager.summarize())
+    except (ValueError, ArithmeticError):  # there are statistics for which one batch is too little
+        return
+    names = _row(exp, (summary, summary) if exp.perform_validation_during_training else summary)
+    if _column(exp) not in names and (exp.best_by is not None or isinstance(exp._scheduler, ReduceLROnPlateau)):
+        close = difflib.get_close_matches(_column(exp), names, 1)
+        raise ValueError(f'best_by: there is no statistic {exp.best_by or "loss"!r}, there is {", ".join(map(repr, names))}'
+                         + (f'; did you mean {close[0]!r}?' if close else ''))
+
+
+def _not_finite(exp, what, batch):
+    finite = all(torch.isfinite(tensor).all() for tensor in _tensors(batch))
+    hint = ('the data of that batch is finite: a lower learning rate or grad_clip may help' if finite else
+            'the batch itself holds values that are not finite: mend the data')
+    return FloatingPointError(f'{what} in epoch {exp.epoch + 1}, batch {exp.batch}; {hint}')
+
+
+# --- settings: described, stored and compared --------------------------------------------------------
+
+def _settings(exp):
+    """What `setting` returns as a flat dict of numbers and texts: ``name`` for a whole, ``name: part`` for
+    its parts. Each is described once, when it is given: rates change later, by schedule or by hand."""
+    known, described = vars(exp).setdefault('_described', {}), {}
+    for name, value in exp.setting().items():
+        key = id(value), len(getattr(value, 'param_groups', ()))  # a group may have been added
+        if known.get(name, (None,))[0] != key:
+            known[name] = key, value, _describe(name, value)
+        described |= known[name][2]
+    return described | {'Source': _source(type(_unwrapped(exp.net))), 'Torch': str(torch.__version__)}
+
+
+def _describe(name, value):
+    value, parts = _unwrapped(value), {}
+    if isinstance(value, nn.Module):
+        parts = {layer: f'{type(m).__name__}({m.extra_repr()})' for layer, m in value.named_modules() if layer}
+    elif hasattr(value, 'param_groups'):
+        for k, group in enumerate(value.param_groups):
+            group = group | {'lr': group.get('initial_lr', group.get('lr'))}
+            parts |= {option + f' of group {k}' * (k > 0): group[option] for option in ('lr', *value.defaults)}
+    elif hasattr(value, 'optimizer') and hasattr(value, 'state_dict'):  # a scheduler: what stays as it is in training
+        changing = ('last_epoch', 'best', 'num_bad_epochs', 'cooldown_counter', 'T_cur', 'T_i')
+        parts = {key: v for key, v in value.state_dict().items()
+                 if key == '_schedulers' or not key.startswith('_') and key not in changing}
+    elif isinstance(value, td.DataLoader):
+        parts = {'data': value.dataset, 'drop_last': value.drop_last}
+    else:
+        return {name: _plain(value)}
+    return {name: type(value).__name__} | {f'{name}: {part}': _plain(v) for part, v in parts.items()}
+
+
+def _plain(value):
+    """A number as it is, anything else as text, without addresses and folders, which differ from run to run."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (torch.Tensor, np.generic)) and value.ndim == 0:
+        return value.item()
+    text = value if isinstance(value, str) else _text(value)
+    text = re.sub(r' at 0x\w+', '', re.sub(r'<\S*?(\w+) object at 0x\w+>', r'<\1 object>', text))
+    return ' '.join(re.sub(r'(?<![\w.])(?:[A-Za-z]:|\.{1,2})?[\\/]+(?:[^\\/\s\'"(),]+[\\/]+)*', '', text).split())
+
+
+def _text(value):
+    """An object as it describes itself; of samples in a list only how many they are."""
+    samples = isinstance(value, (list, tuple, dict)) and (len(value) > 100 or _tensors(value))
+    if samples or isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim:
+        return f'{type(value).__name__} of {len(value)}'
+    return type(value).__name__ if hasattr(value, 'optimizer') else repr(value)
+
+
+@functools.cache
+def _source(kind):
+    """The source of the methods of a network's own classes; '' where Python has none, as for a console."""
+    with contextlib.suppress(Exception):  # and there are many ways in which the file can be another one
+        return '\n'.join(inspect.getsource(part) for base in kind.__mro__ for part in vars(base).values()
+                         if inspect.isfunction(part) and part.__module__.split('.')[0] not in ('torch', __name__))
+    return ''
+
+
+def _compare_settings(exp, old):
+    """What differs from the settings of a checkpoint: a dict of the setting's name to lines."""
+    given, differences = _settings(exp), {}
+    names = [key for key in given if ': ' not in key]
+    if unknown := sorted(set(exp.allow) - set(names)):
+        raise ValueError(f'allow has {unknown}, but the settings are {", ".join(names)}')
+    if old.get('Source', given['Source']) != given['Source']:
+        _say(f'The source of {type(exp.net).__name__} has changed since the checkpoint in {exp.output_dir}')
+    other_torch = old.get('Torch') != given['Torch']  # which prints layers differently, and has other options
+    validates = given['PerformValidationDuringTraining'] and old.get('PerformValidationDuringTraining', True)
+    for key in dict.fromkeys([*given, *old]):
+        (name, _, part), a, b = key.partition(': '), old.get(key, 'nothing'), given.get(key, 'nothing')
+        known = name in old and name in given and name not in ('Source', 'Torch')
+        if a == b or not known or name.startswith('ValSet') and not validates:
+            continue
+        if part and (old[name] != given[name] or other_torch and (name == 'Net' or 'nothing' in (a, b))):
+            continue  # of another class, all parts differ
+        differences.setdefault(name, []).append(f'{name}: {part}{" " * bool(part)}stored {a}, given {b}')
+    return differences
+
+
+# --- history: from entries to rows -------------------------------------------------------------------
+
+def _kept(value):
+    """A summary as the history keeps it: tensors and arrays as tensors on the CPU, plain numbers and texts."""
+    def kept(leaf):
+        if isinstance(leaf, (torch.Tensor, np.ndarray)):
+            return torch.as_tensor(leaf).detach().cpu().clone()
+        leaf = leaf.item() if isinstance(leaf, np.generic) else leaf
+        if leaf is None or isinstance(leaf, (bool, int, float, str)):
+            return leaf
+        raise TypeError(f'summarize must return numbers, got a {type(leaf).__name__}')
+    return _map(kept, value)
+
+
+def _flat(summary):
+    """A summary as a dict of plain numbers and lists; of an odd one, an empty dict."""
+    if isinstance(summary, dict):
+        return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in summary.items()}
+    return {'loss': float(summary)} if isinstance(summary, (int, float)) or getattr(summary, 'ndim', 1) == 0 else {}
+
+
+def _row(exp, entry):
+    """An entry of the history, (training, validation) or training alone, as a flat dict."""
+    pair = isinstance(entry, tuple) and len(entry) == 2 and (
+        exp.perform_validation_during_training or all(isinstance(part, dict) for part in entry))
+    train, val = entry if pair else (entry, {})
+    return _flat(train) | {f'val_{name}': value for name, value in _flat(val).items()}
+
+
+def _column(exp):
+    """What the statistic that counts is called in a row."""
+    name = exp.best_by or 'loss'
+    return f'val_{name}' if exp.perform_validation_during_training and not name.startswith('val_') else name
+
+
+def _score(exp, entry):
+    value = _row(exp, entry).get(_column(exp))
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _best(exp):
+    scores = {k: score for k, entry in enumerate(exp.history, 1) if not math.isnan(score := _score(exp, entry))}
+    better = max if exp.best_mode == 'max' else min
+    return better(scores.items(), key=lambda pair: pair[1], default=(0, math.nan))
+
+
+def _line(exp):
+    return ', '.join(f'{name} {value:.4g}' for name, value in _row(exp, exp.history[-1]).items()
+                     if isinstance(value, (int, float)))
+
+
+def _step_scheduler(exp, entry):
+    if exp._scheduler is not None:
+        exp._scheduler.step(*[_score(exp, entry)] * isinstance(exp._scheduler, ReduceLROnPlateau))
+
+
+# --- devices and data --------------------------------------------------------------------------------
+
+def find_device(name='auto'):
+    """The device of that name, or the best one of this machine: CUDA (under torchrun, this process's
+    own), MPS or CPU. Raises ValueError if it is not here."""
+    if name == 'auto' and torch.cuda.is_available():
+        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    if name == 'auto':
+        return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device must be 'cuda', 'mps', 'cpu' or 'auto', got {name!r}, and {name!r} is not available "
+                         "here; use device='auto' for the best one that is") from error
 
 
 def _device_of(net):
-    """Where a network is: where it says, else where its first parameter or buffer is."""
     if not isinstance(net, NeuralNetwork) and getattr(net, 'device', None) is not None:
-        return torch.device(net.device)
-    for tensor in (t for f in (nn.Module.named_parameters, nn.Module.named_buffers) for _, t in f(net)):
-        return tensor.device
-    return torch.device('cpu')
+        return torch.device(net.device)  # where it says it is
+    tensors = itertools.chain(nn.Module.named_parameters(net), net.named_buffers())
+    return next((tensor.device for _, tensor in tensors), torch.device('cpu'))
 
 
-def _tensors(batch):
-    """The tensors in a batch of lists, tuples and dicts, one after the other."""
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, (list, tuple, dict)):
-        for part in batch.values() if isinstance(batch, dict) else batch:
-            yield from _tensors(part)
+def _unwrapped(net):
+    """The network inside of `torch.compile`: both write and read the same checkpoints."""
+    return next(net.children()) if type(net).__name__ == 'OptimizedModule' else net
 
 
 def _parameters(optimizer):
-    """The parameters of all groups of an optimizer."""
     return [p for group in optimizer.param_groups for p in group['params']]
 
 
-def _number(loss):
-    """A loss as a float."""
-    return loss.item() if isinstance(loss, torch.Tensor) else float(loss)
+def _map(change, value):
+    """``change`` applied to all that is in lists, tuples and dicts."""
+    if isinstance(value, dict):
+        return {key: _map(change, part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, 'to'):  # as a PackedSequence has
+        parts = [_map(change, part) for part in value]
+        return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)
+    return change(value)
 
 
 def _to(batch, device):
-    """A batch (tensors in lists, tuples, dicts) moved to a device; anything else stays."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=batch.device.type == 'cpu')  # the way back must wait
-    if isinstance(batch, dict):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        moved = [_to(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, '_fields') else type(batch)(moved)
-    return batch.to(device) if hasattr(batch, 'to') else batch
+    options = {'non_blocking': True} if device.type == 'cuda' else {}
+    return _map(lambda part: part.to(device, **options) if hasattr(part, 'to') else part, batch)
 
 
-class _Shuffle(td.DistributedSampler):
-    """Its order is a function of (seed, epoch); who iterates without `set_epoch` gets new ones, too."""
+def _tensors(batch):
+    found = []
+    _map(found.append, batch)
+    return [part for part in found if isinstance(part, torch.Tensor)]
+
+
+class _Share(td.RandomSampler):
+    """All samples in random order; of each batch, every process has its share."""
 
     def __iter__(self):
-        order = super().__iter__()
-        self.epoch += 1
-        return order
+        return itertools.islice(super().__iter__(), _rank(), len(self) * _world_size(), _world_size())
 
+    def __len__(self):
+        return len(self.data_source) // _world_size()
+
+
+def _loader(exp, data, training=False):
+    """The loader of a data set. In training each process has its share of every batch."""
+    if isinstance(data, td.DataLoader):
+        if training and data.persistent_workers:
+            warnings.warn('persistent_workers go on with random numbers of their own: '
+                          'a resumed run does not repeat what they draw', stacklevel=5)
+        return data
+    name, size, world = 'train_set' if training else 'the data set to evaluate', exp.batch_size, _world_size()
+    drop_last = exp.drop_last if training else exp.drop_last_in_evaluation
+    if not (hasattr(data, '__len__') and hasattr(data, '__getitem__')):
+        raise TypeError(f'{name} must be a data set with a length, or in a DataLoader of your own, got {type(data).__name__}')
+    if training and size % world:
+        raise ValueError(f'batch_size must be a multiple of the number of processes, {world}, got {size}')
+    if len(data) < (size if drop_last else 1):
+        raise ValueError(f'{name} has {len(data)} samples, too few for one batch of {size}: '
+                         'lower batch_size, or keep the last short batch')
+    sampler = _Share(data, generator=torch.Generator().manual_seed(mix_seeds(exp.seed))) if training else None
+    return td.DataLoader(data, size // world if training else size, sampler=sampler, num_workers=exp.num_workers,
+                         collate_fn=exp.collate_fn, drop_last=drop_last, pin_memory=_device_of(exp.net).type == 'cuda')
+
+
+def _size(data):
+    return operator.length_hint(data.dataset if isinstance(data, td.DataLoader) else data) or None
+
+
+def _batches(exp, loader):
+    """The batches of a loader, on the network's device."""
+    device, batch = _device_of(exp.net), None
+    for batch in loader:  # which gives them on the CPU
+        yield batch if device.type == 'cpu' else _to(batch, device)
+    if batch is None:
+        raise ValueError('the data gave no batch: it is empty, or shorter than one batch that may not be short')
+
+
+# --- random numbers ----------------------------------------------------------------------------------
 
 def mix_seeds(*numbers):
     """A 63-bit seed made of several numbers, unlike that of any other combination."""
-    return int(np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)[0]) >> 1
+    return int(np.random.SeedSequence([int(n) % 2**64 for n in numbers]).generate_state(1, np.uint64)[0]) >> 1
+
+
+def _new_seed():
+    """Drawn from torch's generator, which stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return _from_all(int(torch.randint(2**31, ())))[0]
 
 
 @contextlib.contextmanager
-def _randomness(seed, epoch, loader):
-    """All random numbers drawn inside follow from (seed, epoch); those outside are unaffected."""
-    seed = mix_seeds(seed, epoch, _rank())
-    batch_sampler = getattr(loader, 'batch_sampler', None)
-    samplers = getattr(loader, 'sampler', None), getattr(batch_sampler, 'sampler', None)
-    owners = [loader, batch_sampler, *samplers]
-    for owner in owners:
-        if epoch > 0 and hasattr(owner, 'set_epoch'):
-            owner.set_epoch(epoch - 1)
-    if getattr(loader, 'persistent_workers', False):
-        loader._iterator = None  # workers that persist would go on with the numbers of the last epoch
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        for generator in {getattr(owner, 'generator', None) for owner in owners} - {None}:
-            generator.manual_seed(seed)
+def _one_pass(exp, loader, epoch=0):
+    """One pass over a loader: of training, or, in epoch 0, of evaluation. Random numbers drawn inside follow
+    from (seed, epoch, rank), the order of the samples from (seed, epoch); what is outside, the mode of
+    the network too, is unaffected."""
+    mode, seeds = exp.net.training, (exp.seed or 0, epoch)
+    mixed = mix_seeds(*seeds, _rank() if epoch else 0)
+    owners = [loader, getattr(loader, 'sampler', None), getattr(loader, 'batch_sampler', None)]
+    owners.append(getattr(owners[-1], 'sampler', None))
+    generators = [(g, g.get_state()) for g in {getattr(owner, 'generator', None) for owner in owners} - {None}]
+    before, devices = (random.getstate(), np.random.get_state()), range(torch.cuda.is_initialized())
+    with torch.no_grad(), torch.random.fork_rng([torch.cuda.current_device() for _ in devices]):
+        torch.manual_seed(mixed)
+        np.random.seed(mixed % 2**32)
+        random.seed(mixed)
+        for generator, _ in generators:
+            generator.manual_seed(mix_seeds(*seeds))
+        for sampler in owners:
+            hasattr(sampler, 'set_epoch') and sampler.set_epoch(epoch)
+        exp.net.train(epoch > 0)
         try:
             yield
         finally:
+            exp.net.train(mode)
             random.setstate(before[0])
             np.random.set_state(before[1])
+            for generator, state in generators:
+                generator.set_state(state)
 
 
-def _start_distributed():
-    """Joins the processes that torchrun started, once."""
-    if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(find_device())
-        dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
-
+# --- processes ---------------------------------------------------------------------------------------
 
 def _world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -760,20 +995,54 @@ def _rank():
     return dist.get_rank() if _world_size() > 1 else 0
 
 
-def _from_rank_0(value):
-    """The value that rank 0 has: all processes must decide alike."""
-    values = [value]
-    if _world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
+def _from_all(value):
+    """What each process has, in the order of their ranks, on the CPU."""
+    values = [value] * _world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, _to(value, torch.device('cpu')))
+    return values
 
 
-def _interactive():
-    """Whether somebody is watching: a terminal or a notebook, and neither CI nor TQDM_DISABLE."""
-    if os.environ.get('CI') or os.environ.get('TQDM_DISABLE') or _rank() > 0:
-        return False
+def _average_gradients(optimizer):
+    """The mean over the processes; who has no gradient, as its batch did not use a layer, counts as zero.
+    Where nobody has one, there stays none, and the optimizer leaves that layer alone."""
+    if _world_size() == 1:
+        return
+    parameters = [p for p in _parameters(optimizer) if p.requires_grad]
+    for p, *has_gradient in zip(parameters, *_from_all([p.grad is not None for p in parameters])):
+        if any(has_gradient):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+            p.grad /= _world_size()
+
+
+@contextlib.contextmanager
+def _locked(exp, num_epochs):
+    """Keeps a second process from training into the same folder, where the system has such locks."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
+        raise RuntimeError('the processes of torchrun have parted after an error: start the program again')
+    if fcntl is None or _rank() > 0 or exp.epoch >= num_epochs:
+        yield
+        return
+    if not os.path.isfile(exp.config_path):
+        exp.save()
+    with open(exp.config_path, 'a') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise RuntimeError(f'{exp.output_dir} is in use: another process trains there. Wait for it, '
+                               'stop it, or give another output_dir') from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _progress_bar(loader):
+    """To be seen where somebody is watching: in a terminal or notebook, without CI and TQDM_DISABLE."""
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
-    return hasattr(shell, 'kernel') or sys.stderr.isatty()
+    watched = (hasattr(shell, 'kernel') or sys.stderr.isatty()) and _rank() == 0
+    quiet = not watched or bool(os.environ.get('CI') or os.environ.get('TQDM_DISABLE'))
+    return tqdm(total=operator.length_hint(loader) or None, leave=False, disable=quiet)
 
 
 def _say(text):
@@ -782,66 +1051,11 @@ def _say(text):
             print(text, flush=True)
 
 
-# --- history and settings ------------------------------------------------------------------------
-
-def _plain(value):
-    """Statistics as plain Python: numbers from tensors and numpy, lists from arrays."""
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(map(_plain, value))
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f'summarize must return numbers, got a {type(value).__name__}')
-
-
-def _split_setting(text):
-    """``config.txt`` as a dict of name to text: of objects without memory address and module, of
-    networks only the class (torch prints layers anew; their parameters are compared apart)."""
-    text = re.sub(r'<\S*?(\w+) object at 0x\w+>', r'<\1 object>', text)
-    pieces = re.split(r'^(\w+)\(', re.sub(r' at 0x\w+', '', text), flags=re.MULTILINE)[1:]
-    setting = {name: value.strip()[:-1].strip() for name, value in zip(pieces[::2], pieces[1::2])}
-    return {name: re.sub(r'^(\w+)\(\n  \(.*', r'\1', value, flags=re.DOTALL)
-            for name, value in setting.items()}
-
-
-def _same_setting(stored, given):
-    """Whether two texts mean the same, in what both know: torch adds options with each version."""
-    stored, given = _meaning(stored), _meaning(given)
-    return len(stored) == len(given) and all(
-        a[key] == b[key] for a, b in zip(stored, given) for key in a.keys() & b.keys())
-
-
-def _meaning(text):
-    """The words of a setting; of an optimizer its class, then its initial hyperparameters by group."""
-    head, *groups = text.split('Parameter Group')
-    meaning = [{'words': head.replace('(', ' ').split() if groups else text.split()}]
-    for group in groups:
-        options = {}
-        for name, word in re.findall(r'^\s+(\w+): (.*?)\s*$', group, flags=re.MULTILINE):
-            with contextlib.suppress(ValueError, SyntaxError):
-                word = ast.literal_eval(word)  # 0 is 0.0
-            options[name] = word
-        options['lr'] = options.pop('initial_lr', options.get('lr'))  # a scheduler changes the other
-        meaning.append(options)
-    return meaning
-
-
-def _differences(stored, given):
-    """In which parameters two networks differ: a line for each of the first ten."""
-    a, b = ({name: tuple(value.shape) for name, value in state.items()
-             if not name.endswith('num_batches_tracked')} for state in (stored, given))
-    return [f'  {name}: stored {a.get(name, "nothing")}, given {b.get(name, "nothing")}'
-            for name in a | b if a.get(name) != b.get(name)][:10]
-
-
-# --- files ---------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------------
 
 def _write(path, write):
     """Calls ``write(file)`` and puts the result at ``path`` at once: all of it, or nothing."""
-    temporary = f'{path}.tmp'
+    temporary = f'{path}.{os.getpid()}.tmp'
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         with open(temporary, 'wb') as file:
@@ -849,7 +1063,11 @@ def _write(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # what torch makes of a full disk, and of an interrupt
+        cause = error
+        while cause := cause.__context__:
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
         raise OSError(f'could not write {path} ({error}); what was saved before is untouched. '
                       'Check that the disk has room and the folder is writable.') from error
     finally:
@@ -858,7 +1076,8 @@ def _write(path, write):
 
 
 def load_checkpoint(path, device='cpu', keys=KEYS):
-    """A checkpoint from disk. Nothing in it is executed: it is read with ``weights_only``."""
+    """A checkpoint of `Experiment` as a dict: ``Net``, ``Optimizer``, ``History`` and more. Nothing in it
+    is executed: it is read with ``weights_only``. RuntimeError says what is wrong with the file."""
     advice = 'Restore it from a copy, or move it away to start from scratch.'
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
@@ -866,20 +1085,26 @@ def load_checkpoint(path, device='cpu', keys=KEYS):
     except FileNotFoundError:
         raise RuntimeError(f'there is no checkpoint {path}') from None
     except Exception as error:  # of a damaged pickle it can be any
-        code = 'GLOBAL' in str(error)
-        what = 'holds objects that could run code' if code else 'is damaged or no checkpoint'
-        why = str(error).split('WeightsUnpickler error: ')[-1].split('. Please')[0][:200]
-        raise RuntimeError(f'{path} {what} and was not loaded ({why or type(error).__name__}). '
-                           f'{advice}') from error
-    found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-    _expect(isinstance(checkpoint, dict) and keys <= checkpoint.keys(),
-            f'{path} is a file of another program: it has {found}, not {", ".join(sorted(keys))}. '
-            f'{advice}', RuntimeError)
-    number = checkpoint.get('Format', 1)
-    _expect(number <= FORMAT, f'{path} was written by a newer nntools (format {number}, this one reads '
-            f'up to {FORMAT}): get the newer nntools.py', RuntimeError)
+        what = 'holds objects that could run code' if 'GLOBAL' in str(error) else 'is damaged or no checkpoint'
+        raise RuntimeError(f'{path} {what} and was not loaded. {advice} ({type(error).__name__}: {error})') from error
+    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise RuntimeError(f'{path} is a file of another program: it has {found}, not {", ".join(sorted(keys))}. {advice}')
+    if checkpoint.get('Format', 1) > FORMAT:
+        raise RuntimeError(f'{path} was written by a newer nntools (format {checkpoint["Format"]}, this one reads '
+                           f'up to {FORMAT}): get the newer nntools.py')
     return checkpoint
 
+
+def _put_aside_stale_best(exp):
+    """best.pth.tar must be that of `exp.best`: it is not if best_by was changed, or the history."""
+    path = getattr(exp, 'best_path', '')
+    if _rank() == 0 and os.path.isfile(path) and len(_read(exp, path)['History']) != _best(exp)[0]:
+        os.replace(path, f'{path}.old')
+        _say(f'{path} is not of the best epoch any more: it is now {path}.old')
+
+
+# --- files of 2019, and those without settings -------------------------------------------------------
 
 def _numpy_scalars():
     """What the unpickler needs for numpy's numbers and arrays, which old histories have."""
@@ -888,3 +1113,27 @@ def _numpy_scalars():
             for function, name in ((scalar, 'scalar'), (array, '_reconstruct'))] + [
         (codecs.encode, '_codecs.encode'), np.dtype, np.ndarray,
         *{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'}]
+
+
+def _settings_of_config(path):
+    """``config.txt`` as a flat dict like that of `_settings`; of objects only the class."""
+    def plain(text):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return _plain(ast.literal_eval(text))
+        return _plain(text)
+
+    settings, pieces = {}, []
+    if os.path.isfile(path):
+        with open(path, encoding='utf-8', errors='replace') as file:
+            pieces = re.split(r'^(\w+)\(', file.read(), flags=re.MULTILINE)[1:]
+    for name, text in zip(pieces[::2], (piece.strip()[:-1].strip() for piece in pieces[1::2])):
+        head, *groups = text.split('Parameter Group')
+        called = re.match(r'(\w+) ?\(', head) if name not in ('TrainSet', 'ValSet') else None  # a network or optimizer
+        settings[name] = called[1] if called else plain(text)
+        for k, group in enumerate(groups):
+            options = {key: plain(word) for key, word in re.findall(r'^\s+(\w+): (.*?)\s*$', group, flags=re.MULTILINE)}
+            options['lr'] = options.pop('initial_lr', options.get('lr'))
+            settings |= {f'{name}: {option}' + f' of group {k}' * (k > 0): value for option, value in options.items()}
+    if 'BatchSize' not in settings:
+        _say(f'{path} can not be read: only the parameters of the network are compared')
+    return settings

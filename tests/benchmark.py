@@ -3,9 +3,6 @@
     make benchmark                      # minutes; leave the machine alone meanwhile
     python tests/benchmark.py --quick   # seconds: only shows that it runs
 
-With `make`, memory that was freed is kept (see the Makefile, and the last table); without it, two runs
-of the same loop can differ by several per cent.
-
 Each comparison alternates between its two sides and takes the median of each, so that a machine that
 gets slower meanwhile slows both. Needs the photographs (environment variable BSDS300, or it fetches).
 """
@@ -27,7 +24,6 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data as td
 from PIL import Image
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import denoising_utils as du  # noqa: E402
@@ -52,7 +48,7 @@ def seconds(*functions, repeats):
 
 
 def row(name, *columns):
-    print(f'{name:<46}' + ''.join(f'{column:>17}' for column in columns), flush=True)
+    print(f'{name:<46}' + ''.join(f' {column:>18}' for column in columns), flush=True)
 
 
 def quietly(function, *args, **options):
@@ -76,45 +72,186 @@ class Small(nt.NeuralNetwork):
         return F.cross_entropy(y, d)
 
 
+def there_and_back(make, repeats):
+    """For each round, the seconds of several functions: it goes through them and back (A B C C B A), so
+    that a drift cancels, and begins with another one each time. ``make`` builds them anew for each round,
+    as it matters where in memory they lie; each is called once to warm up, and returns its seconds."""
+    found = []
+    for turn in range(repeats):
+        functions = make()
+        order = [(k + turn) % len(functions) for k in range(len(functions))]
+        times = [0.0] * len(functions)
+        for function in functions:
+            function()
+        for k in order + order[::-1]:
+            times[k] += functions[k]() / 2
+        found.append(times)
+    return found
+
+
+def timed(function, *args):
+    begin = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - begin
+
+
+def spread(values, pattern='{:+.1f}'):
+    """Median, and in brackets the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else 3 * values
+    return f'{pattern} ({pattern} {pattern})'.format(middle, low, high)
+
+
 def compare_epochs(name, net, data, batch_size, repeats, aim):
     """An epoch of `Experiment` (its checkpoint apart, which has a row of its own), the bare loop over
     the same batches, and that once more: how far two measurements of the same thing differ."""
+    loader = td.DataLoader(data, batch_size, shuffle=True, drop_last=True)
+
+    def bare(net, adam):
+        total = 0.0
+        for x, d in loader:
+            adam.zero_grad()
+            loss = net.criterion(net(x), d)
+            loss.backward()
+            adam.step()
+            total += loss.item()
+
     with tempfile.TemporaryDirectory() as folder:
-        nets = [copy.deepcopy(net).train() for _ in range(2)]
-        exp = nt.Experiment(net, data, None, torch.optim.Adam(net.parameters(), 1e-4), nt.StatsManager(),
-                            folder, batch_size)
-        exp.save = lambda *_: None
-        loader = td.DataLoader(data, batch_size, shuffle=True, drop_last=True)
+        def make():
+            nets = [copy.deepcopy(net).train() for _ in range(3)]
+            adams = [torch.optim.Adam(n.parameters(), 1e-4) for n in nets]
+            exp = quietly(nt.Experiment, nets[2], data, None, adams[2], nt.StatsManager(),
+                          tempfile.mkdtemp(dir=folder), batch_size)
 
-        def bare(net, adam):
-            total = 0.0
-            for x, d in loader:
-                adam.zero_grad()
-                loss = net.criterion(net(x), d)
-                loss.backward()
-                adam.step()
-                total += loss.item()
+            def epoch():
+                quietly(exp.run, exp.epoch + 1)
+                return exp.table()[-1]['seconds']  # without the checkpoint
 
-        a, again, b = rounds(*[functools.partial(bare, n, torch.optim.Adam(n.parameters(), 1e-4)) for n in nets],
-                             lambda: quietly(exp.run, exp.epoch + 1), repeats=repeats)
-    difference, control = (statistics.median(y / x - 1 for x, y in zip(a, c)) for c in (b, again))
-    step = statistics.median(a) / len(loader)
-    row(name, f'{1e3 * step:.2f} ms', f'{1e6 * step * difference:+.0f} us', f'{100 * difference:+.2f} %',
-        f'{100 * control:+.2f} %', aim)
+            return [*(functools.partial(timed, bare, n, adam) for n, adam in zip(nets[:2], adams)), epoch]
+
+        times = there_and_back(make, repeats)
+    step = statistics.median(a for a, _, _ in times) / len(loader)
+    difference, control = ([100 * (t[k] / t[0] - 1) for t in times] for k in (2, 1))
+    row(name, f'{1e3 * step:.2f} ms', f'{1e4 * step * statistics.median(difference):+.0f} us', spread(difference),
+        spread(control), aim)
 
 
 def loop(args, root):
-    row('A step of an epoch', 'bare loop', 'Experiment', 'difference', 'bare, again', 'aim')
-    n = 8 if args.quick else 64
+    row('A step of an epoch (in %: median, quartiles)', 'bare loop', 'Experiment', 'difference', 'bare, again', 'aim')
+    n = 8 if args.quick else 32
     images = td.TensorDataset(torch.randn(n, 3, args.size, args.size), torch.randn(n, 3, args.size, args.size))
     compare_epochs(f'  DnCNN(6), 4 crops of {args.size}x{args.size}', du.DnCNN(6), images, 4, args.repeats, '1 %')
     n, nn = 256 if args.quick else 4096, torch.nn
     convolutions = Small(nn.Conv2d(1, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.ReLU(),
                          nn.Flatten(), nn.Linear(16 * 36, 10))
     perceptron = Small(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    for name, net, shape in (('convolutional', convolutions, (1, 28, 28)), ('perceptron', perceptron, (64,))):
+    for name, net, shape, aim in (('convolutional', convolutions, (1, 28, 28), '3 %'), ('perceptron', perceptron, (64,), '5 %')):
         rows = td.TensorDataset(torch.randn(n, *shape), torch.randint(10, (n,)))
-        compare_epochs(f'  {name}, {du.count_parameters(net):,} parameters', net, rows, 32, 5 * args.repeats, '5 %')
+        compare_epochs(f'  {name}, {du.count_parameters(net):,} parameters', net, rows, 32, 5 * args.repeats, aim)
+
+
+# --- the start, a long history, a large network ---------------------------------------------------
+
+def start(args, root):
+    """The start of a program whose data set is a list of samples."""
+    samples = [(torch.randn(1, 28, 28), k % 10) for k in range(100 if args.quick else 10_000)]
+    row(f'Start with a list of {len(samples):,} images', 'bare program', 'Experiment', 'resumed', 'aim')
+    net = Small(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    with tempfile.TemporaryDirectory() as folder:
+        def bare():
+            torch.optim.Adam(net.parameters())
+            iter(td.DataLoader(samples, 16, shuffle=True))
+
+        def experiment(new):
+            path = tempfile.mkdtemp(dir=folder) if new else f'{folder}/old'
+            quietly(nt.Experiment, net, samples, None, torch.optim.Adam(net.parameters()), nt.StatsManager(), path)
+
+        times = seconds(bare, lambda: experiment(True), lambda: experiment(False), repeats=args.repeats)
+    row('', *(f'{1e3 * t:.1f} ms' for t in times), '+ 1 s')
+
+
+def history(args, root):
+    """An epoch, with all that follows it, after many others and after none."""
+    epochs = 200 if args.quick else 20_000
+    row('An epoch and its end', 'the first', f'after {epochs:,}', 'difference (%)', 'aim')
+    data = td.TensorDataset(torch.randn(512, 64), torch.randint(10, (512,)))
+    for save_every in (10 ** 9, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            def make(folder=folder, save_every=save_every):
+                def one(past):
+                    net = Small(torch.nn.Linear(64, 10))
+                    exp = quietly(nt.Experiment, net, data, data, torch.optim.Adam(net.parameters()), nt.StatsManager(),
+                                  tempfile.mkdtemp(dir=folder), 32, True, save_every=save_every)
+                    exp.history = [(2.3, 2.3) for _ in range(past)]
+
+                    def some():
+                        begins = []  # the callback comes before the first epoch, and after each
+                        quietly(exp.run, exp.epoch + 5, lambda exp: begins.append(time.perf_counter()))
+                        return statistics.median(b - a for a, b in zip(begins, begins[1:]))
+
+                    return some
+
+                return [one(0), one(epochs)]
+
+            times = there_and_back(make, args.repeats)
+        first, late = (statistics.median(t) for t in zip(*times))
+        row(f'  save_every={save_every}', f'{1e3 * first:.1f} ms', f'{1e3 * late:.1f} ms',
+            spread([100 * (b / a - 1) for a, b in times]), '0 %')
+
+
+RESUME = """
+import sys, time, torch, torch.utils.data as td
+sys.path[:0] = ['..']
+import nntools as nt
+kind, folder, width = sys.argv[1], sys.argv[2], int(sys.argv[3])
+net = torch.nn.Linear(width, width, bias=False)
+net.criterion = torch.nn.functional.mse_loss
+adam = torch.optim.Adam(net.parameters())
+data = td.TensorDataset(torch.randn(1, width), torch.randn(1, width))
+begin = time.perf_counter()
+if kind == 'bare':
+    checkpoint = torch.load(f'{folder}/checkpoint.pth.tar', weights_only=True)
+    net.load_state_dict(checkpoint['Net'])
+    adam.load_state_dict(checkpoint['Optimizer'])
+else:
+    exp = nt.Experiment(net, data, None, adam, nt.StatsManager(), folder, 1)
+seconds = time.perf_counter() - begin
+if kind == 'train':
+    exp.run(1)
+peak = [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')]
+print(seconds, int(peak[0]) / 1024)
+"""
+
+
+def resume(args, root):
+    """Seconds and peak memory of a resume, each in a program of its own."""
+    if not Path('/proc/self/status').exists():
+        return print('Resume: peak memory is read from /proc, which is not here')
+    width = 1000 if args.quick else 10_000
+    row(f'Resume, {width ** 2 / 1e6:.0f} M parameters', 'load, s', 'Experiment, s', 'ratio', 'load, MB', 'Experiment, MB', 'ratio')
+    kept = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '4294967296'}
+    with tempfile.TemporaryDirectory() as folder:
+        child(['-c', RESUME, 'train', folder, str(width)])
+        for label, settings in (('memory given back', {}), ('memory kept', kept)):
+            runs = {'bare': [], 'resume': []}
+            for kind in ('bare', 'resume', 'resume', 'bare'):
+                *_, line = child(['-c', RESUME, kind, folder, str(width)], settings).splitlines()
+                runs[kind].append([float(word) for word in line.split()])
+            (a, m), (b, n) = (np.mean(found, 0) for found in runs.values())
+            row(f'  {label}', f'{a:.2f}', f'{b:.2f}', f'{b / a:.2f} x', f'{m:.0f}', f'{n:.0f}', f'{n / m:.2f} x')
+
+
+def given_back(args, root):
+    """The loop, start and history once more, as where nobody has made the two settings of glibc."""
+    print('The same where memory that was freed is given back:')
+    words = [__file__, '--only', 'loop', 'start', 'history', '--size', str(args.size), '--repeats', str(args.repeats)]
+    print(child(words + ['--quick'] * args.quick, GIVEN_BACK), end='')
+
+
+def child(words, settings=None):
+    """What another Python printed, with these settings of glibc and no others."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith('MALLOC_')} | (settings or {})
+    return subprocess.run([sys.executable, *words], check=True, text=True, cwd=Path(__file__).resolve().parent,
+                          env=environment, stdout=subprocess.PIPE).stdout
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -226,15 +363,6 @@ def train_step(net, x, d, precision=None):
     return step
 
 
-def fold(net):
-    """A copy for inference in which each batch norm is part of the convolution before it."""
-    net = copy.deepcopy(net).eval()
-    for k in range(net.D):
-        net.conv[k + 1] = fuse_conv_bn_eval(net.conv[k + 1], net.bn[k])
-        net.bn[k] = torch.nn.Identity()
-    return net
-
-
 @contextlib.contextmanager
 def threads(n):
     before = torch.get_num_threads()
@@ -277,7 +405,7 @@ def arithmetic(args, root):
     x = torch.randn(1, 3, 321, 481)
     for name in du.NETWORKS:
         net = du.make_network(name).eval()
-        folded = fold(net)
+        folded = du.fold_batch_norm(net)
         lasts = [copy.deepcopy(n).to(memory_format=last) for n in (net, folded)]
         xl = x.to(memory_format=last)
 
@@ -294,9 +422,9 @@ def arithmetic(args, root):
             row(f'  {name}(6), {label}', f'{1e3 * t:.1f}', '', '', f'{times[0] / t:.2f} x')
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- memory and photographs -----------------------------------------------------------------------
 
-KEEP = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '4294967296'}  # as in the Makefile
+GIVEN_BACK = {'MALLOC_PERTURB_': '0'}  # changes nothing but that denoising_utils leaves glibc alone
 TIMES = """
 import sys, torch, benchmark as b
 x, repeats = torch.randn(4, 3, int(sys.argv[1]), int(sys.argv[1])), int(sys.argv[2])
@@ -310,16 +438,18 @@ for name in b.du.NETWORKS:
 """
 
 
+def python(program, *words, settings=None):
+    """What a program of its own printed, with these settings in its environment and no other MALLOC_."""
+    return child(['-c', program, *map(str, words)], settings)
+
+
 def memory(args, root):
     """The C library may give memory back to the system after each layer, or keep it for the next."""
     def times(settings):
-        environment = {name: value for name, value in os.environ.items() if name not in KEEP} | settings
-        done = subprocess.run([sys.executable, '-c', TIMES, str(args.size), str(args.repeats)], check=True, text=True,
-                              cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE)
-        return [float(line) for line in done.stdout.split()]
+        return [float(line) for line in python(TIMES, args.size, args.repeats, settings=settings).split()]
 
     row('Memory that was freed (glibc)', 'given back', 'kept', 'speed-up')
-    runs = [times(settings) for settings in ({}, KEEP, KEEP, {})]  # in this order, against a drift
+    runs = [times(settings) for settings in (GIVEN_BACK, {}, {}, GIVEN_BACK)]  # in this order, against a drift
     given, kept = np.mean([runs[0], runs[3]], 0), np.mean([runs[1], runs[2]], 0)
     what = [f'{name}(6), {kind}' for name in du.NETWORKS
             for kind in (f'step on 4 crops of {args.size}x{args.size}', 'photograph of 481x321')]
@@ -327,7 +457,69 @@ def memory(args, root):
         row(f'  {label}', f'{1e3 * a:.0f} ms', f'{1e3 * b:.0f} ms', f'{a / b:.2f} x')
 
 
-PARTS = {'loop': loop, 'data': data, 'evaluation': evaluation, 'arithmetic': arithmetic, 'memory': memory}
+class FFDNet(du.NNRegressor):
+    """The layers of the FFDNet for colour, with random weights: 12 convolutions with 96 features at half
+    the resolution, and the level as one more channel (Zhang et al., "FFDNet", IEEE TIP 2018)."""
+    pooling_cell, receptive_field = 2, 50
+
+    def __init__(self):
+        super().__init__()
+        widths = [4 * 3 + 1] + 11 * [96] + [4 * 3]
+        self.conv = torch.nn.ModuleList(torch.nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        h = F.pixel_unshuffle(F.pad(x, (0, width % 2, 0, height % 2), mode='replicate'), 2)
+        h = torch.cat([h, torch.full_like(h[:, :1], 30 / 255)], 1)
+        for conv in self.conv[:-1]:
+            h = F.relu(conv(h), inplace=True)
+        return F.pixel_shuffle(self.conv[-1](h), 2)[..., :height, :width]
+
+
+PEAK = """
+import resource, sys, torch, benchmark as b
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != 'darwin' else 2 ** 20)
+net = b.du.load_network('dudncnn_blind')[0]
+def denoise(source):
+    b.du.denoise_file(net, source, sys.argv[3], precision=getattr(torch, sys.argv[4]), force=True)
+denoise(sys.argv[1])
+before = peak()
+denoise(sys.argv[2])
+print(peak() - before)
+"""
+
+
+def photograph(args, root):
+    """Seconds a megapixel of the denoiser of photographs, beside FFDNet's layers, and its memory."""
+    image = torch.randint(256, (3, 400, 500) if args.quick else (3, 1000, 1500), dtype=torch.uint8)
+    megapixels = image[0].numel() / 1e6
+    blind, ffdnet = du.load_network('dudncnn_blind')[0], FFDNet().eval()
+    precisions = sorted({torch.float32, du.half_precision(torch.device('cpu'))}, key=str, reverse=True)
+    row(f'Seconds a megapixel ({megapixels:.1f} megapixels)', 'FFDNet', 'DUDnCNN', 'speed-up')
+    for n in sorted({1, torch.get_num_threads()}):
+        for precision in precisions:
+            for tile, label in ((192, 'in tiles of 192x192'), (10 ** 6, 'whole')):
+                with threads(n):
+                    a, b = seconds(*(functools.partial(du.denoise_image, net, image, tile, precision=precision)
+                                     for net in (ffdnet, blind)), repeats=min(args.repeats, 3))
+                row(f'  {label}, {n} threads, {str(precision)[6:]}', f'{a / megapixels:.2f}', f'{b / megapixels:.2f}',
+                    f'{a / b:.2f} x')
+
+    row('Memory beside the result', 'megapixels', 'MB')
+    size = (600, 400) if args.quick else (6000, 4000)
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f'{folder}/{name}.jpg' for name in ('small', 'large', 'result')]
+        for name, pixels in zip(names, ((60, 40), size)):
+            Image.effect_noise(pixels, 50).convert('RGB').save(name)
+        for precision in precisions:
+            result = 3 * size[0] * size[1] / 2 ** 20
+            used = float(python(PEAK, *names, str(precision)[6:])) - result
+            row(f'  denoise_file, {str(precision)[6:]}', f'{size[0] * size[1] / 1e6:.0f}', f'{used:.0f}')
+
+
+PARTS = {'loop': loop, 'start': start, 'history': history, 'given-back': given_back, 'resume': resume, 'data': data, 'evaluation': evaluation, 'arithmetic': arithmetic, 'memory': memory,
+         'photograph': photograph}
 
 
 def main():
@@ -341,8 +533,7 @@ def main():
     args.repeats = args.repeats or (1 if args.quick else 9)
     root = du.find_photographs() if {'data', 'evaluation'} & set(args.only) else None
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, '
-          f'median of {args.repeats}, freed memory is '
-          + ('kept' if KEEP.items() <= os.environ.items() else 'given back'))
+          f'median of {args.repeats}')
     for part in args.only:
         print()
         PARTS[part](args, root)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.data as td
-from test_nntools import Data, Net, content, same
+from test_nntools import Data, Net, content, same, without_settings
 from torch import nn
 
 import nntools as nt
@@ -94,8 +94,8 @@ def test_classification_with_frozen_layers(tmp_path):
     assert [len(losses) for losses in shown] == [0, 1, 2, 3, 4]
     assert torch.equal(exp.net.body[0].weight, frozen)
     assert exp.history[3][0]['loss'] < exp.history[0][0]['loss']
-    assert exp.history[3][1]['accuracy'] > 60 and type(exp.history[3][1]['accuracy']) is float
-    assert type(exp.evaluate()['accuracy']) is torch.Tensor  # the summary as the client made it
+    assert exp.history[3][1]['accuracy'] > 60
+    assert all(type(a) is torch.Tensor for a in (exp.history[3][1]['accuracy'], exp.evaluate()['accuracy']))  # as the client made it
     assert program(6).epoch == 6 and len(shown) == 5 + 3
     stored = torch.load(exp.checkpoint_path, weights_only=True)
     assert list(stored['Net']) == list(exp.net.state_dict()) and len(stored['History']) == 6
@@ -309,6 +309,7 @@ class PlainNet(nn.Module):
 
 
 def test_a_plain_module_and_the_base_statistics(tmp_path, capsys):
+    torch.manual_seed(0)
     net = PlainNet()
     exp = nt.Experiment(net, Data(), Data(), torch.optim.SGD(net.parameters(), lr=0.1), nt.StatsManager(), str(tmp_path))
     exp.run(2)
@@ -364,7 +365,8 @@ def test_summaries_of_all_kinds(tmp_path, summary, validation):
     if isinstance(summary, dict):
         assert entry.keys() == summary.keys()
         value = entry[next(iter(summary))]
-        assert type(value) is float and value == float(summary[next(iter(summary))])
+        kept = torch.Tensor if isinstance(summary.get('accuracy'), torch.Tensor) else float
+        assert type(value) is kept and value == float(summary[next(iter(summary))])
     exp.to_csv(tmp_path / 'table.csv')
     assert len(exp.table()) == 2
 
@@ -529,13 +531,9 @@ def test_a_gan_of_2019_that_calls_the_init(tmp_path):
         return Two(net, Noisy(), Noisy(), torch.optim.Adam(net.parameters()), DenoisingStats(), str(tmp_path), 4)
 
     build().run(1)
-    config = tmp_path / 'config.txt'
-    new = config.read_text()
-    old = new.replace('ReLU(inplace=True)', 'ReLU(inplace)')
-    assert old != new
-    config.write_text(old)
+    without_settings(tmp_path, ('ReLU(inplace=True)', 'ReLU(inplace)'))
     assert build().epoch == 1
-    config.write_text(new.replace('NetD(Sequential', 'NetD(Other'))
+    without_settings(tmp_path, ('NetD(Sequential', 'NetD(Other'))
     with pytest.raises(ValueError, match='NetD: stored Other, given Sequential'):
         build()
 

@@ -1,8 +1,9 @@
-"""nntools: killed processes, and torchrun.
+"""nntools: killed and interrupted processes, and torchrun.
 
-This file is also the program that these tests start: ``python test_nntools_resume.py kills FOLDER``
-forks, kills and compares trainings (torch is imported once), ``torchrun ... processes FOLDER`` is one
-of two processes that train together.
+This file is also the program that these tests and ``make soak`` start: ``python test_nntools_resume.py
+kills FOLDER 100`` forks, kills and compares trainings (torch is imported once), ``presses FOLDER 100``
+presses Ctrl-C twice each time, ``torchrun ... processes FOLDER`` is one of two processes that train
+together.
 """
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ import nntools as nt  # noqa: E402
 EPOCHS = 5
 
 
-# --- kills ----------------------------------------------------------------------------------------
+# --- kills and interrupts -------------------------------------------------------------------------
 
 class Ballast:
     """Makes the checkpoint large, so that many kills hit while it is written."""
@@ -39,15 +41,32 @@ class Ballast:
         pass
 
 
-def train(folder, workers):
-    """One process of a training: dropout, noise, a schedule, validation, a callback that draws."""
+def build_training(folder, width=4, **options):
+    """A training with dropout, noise, a schedule and validation."""
     torch.set_num_threads(1)
     random.seed(time.time())  # whatever was drawn before must not matter
     torch.manual_seed(random.getrandbits(32))
-    exp = make(folder, Net(dropout=0.5), Data(24, noise=0.1), Data(5, noise=0.1), num_workers=workers,
-               scheduler=lambda o: lr_scheduler.CosineAnnealingLR(o, EPOCHS), best_by='loss',
-               perform_validation_during_training=True, also_save={'ballast': Ballast()})
-    exp.run(EPOCHS, plot=lambda e: (torch.rand(random.randrange(1, 9)), np.random.rand(), random.random()))
+    return make(folder, Net(width, dropout=0.5), Data(24, noise=0.1), Data(5, noise=0.1), best_by='loss',
+                scheduler=lambda o: lr_scheduler.CosineAnnealingLR(o, EPOCHS),
+                perform_validation_during_training=True, **options)
+
+
+def train(folder, workers=0):
+    """One process of a training, with a callback that draws."""
+    exp = build_training(folder, num_workers=workers, also_save={'ballast': Ballast()})
+    exp.run(EPOCHS, lambda e: (torch.rand(random.randrange(1, 9)), np.random.rand(), random.random()))
+
+
+def train_on(folder, again):
+    """A process that is interrupted, of 700,000 parameters: as in a notebook, where run is called
+    ``again``, or as a script, which ends."""
+    exp = build_training(folder, width=100_000)
+    while exp.epoch < EPOCHS:
+        try:
+            exp.run(EPOCHS)
+        except KeyboardInterrupt:
+            if not again:
+                raise
 
 
 def die(*_, **__):
@@ -88,48 +107,64 @@ def die_at(moment):
         os.replace = counted(replace, after=die)
 
 
-def start(folder, workers, moment=None):
-    """Forks a training, in a group of its own with its workers."""
+def start(work, *args, moment=None):
+    """Forks a training, in a group of its own with its workers. Exit status: 0 done, 2 interrupted, 1 failed."""
     sys.stdout.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child == 0:
+        code = 2
         try:
-            os.setpgid(0, 0)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            if moment:
-                die_at(moment)
-            train(folder, workers)
-            os._exit(0)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
+            try:
+                os.setpgid(0, 0)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                if moment:
+                    die_at(moment)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                work(*args)
+                code = 0
+            except KeyboardInterrupt:
+                pass
+            except BaseException:
+                code = 1
+                traceback.print_exc()
+        finally:
+            os._exit(code)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.setpgid(child, child)  # here too: the parent may kill the group before the child has come to make it
     return child
 
 
-def kill_trainings(folder):
-    """Kills 33 processes; says of each finished training whether it is the one never interrupted."""
-    torch.set_num_threads(1)
-    folder, moments = Path(folder), random.Random(0)
+def finish(work, folder, *args):
+    """Trains without an interruption. Returns the checkpoints, the last and the best, and the seconds."""
     begin = time.time()
-    assert os.waitpid(start(folder / 'whole', 0), 0)[1] == 0
-    seconds = time.time() - begin
-    names = ('checkpoint.pth.tar', 'best.pth.tar')
-    whole = [nt.load_checkpoint(str(folder / 'whole' / name), 'cpu') for name in names]
-    with_workers = None
+    assert os.waitpid(start(work, folder, *args), 0)[1] == 0
+    return read(folder), time.time() - begin
+
+
+def read(folder):
+    return {name: nt.load_checkpoint(folder / name) for name in ('checkpoint.pth.tar', 'best.pth.tar')}
+
+
+def differing(folder, expected):
+    return [f'{folder}/{name}: {key}' for name, state in read(folder).items() for key in expected[name]
+            if key != 'Seconds' and not same(expected[name][key], state.get(key))]
+
+
+def kill_trainings(folder, count):
+    """Kills processes; says of each finished training whether it is the one never interrupted."""
+    moments = random.Random(0)
+    whole, seconds = finish(train, folder / 'whole')
+    with_workers, _ = finish(train, folder / 'workers', 1)
     result = {'kills': 0, 'in writing': 0, 'trainings': 0, 'different': [], 'failed': 0}
     planned = [(where, n) for where in ('in the middle', 'before fsync', 'before rename', 'after rename')
                for n in (1, 3, 4)]
-    while result['kills'] < 33 or result['trainings'] < 4:
+    while (result['kills'] < count or result['trainings'] < 4) and not result['failed']:
         workers = int(result['trainings'] == 1)
-        if workers and with_workers is None:
-            assert os.waitpid(start(folder / 'workers', workers), 0)[1] == 0
-            with_workers = [nt.load_checkpoint(str(folder / 'workers' / name), 'cpu') for name in names]
         here = folder / str(result['trainings'])
         while True:
             moment = planned.pop() if planned and not workers else None
-            child = start(here, workers, moment)
+            child = start(train, here, workers, moment=moment)
             if moment is None:
                 time.sleep(moments.uniform(0, 0.6) * seconds * (4 if workers else 1))
                 status = os.waitpid(child, os.WNOHANG)
@@ -138,28 +173,52 @@ def kill_trainings(folder):
                     status = os.waitpid(child, 0)
             else:
                 status = os.waitpid(child, 0)
-            if os.WIFSIGNALED(status[1]):
-                result['kills'] += 1
-                result['in writing'] += moment is not None or any(here.glob('*.tmp'))
-            else:
-                result['failed'] += os.WEXITSTATUS(status[1]) != 0
+            if not os.WIFSIGNALED(status[1]):
                 break
+            result['kills'] += 1
+            result['in writing'] += moment is not None or any(here.glob('*.tmp'))
         result['trainings'] += 1
-        if result['failed']:
-            break
-        for name, expected in zip(names, with_workers if workers else whole):
-            state = nt.load_checkpoint(str(here / name), 'cpu')
-            result['different'] += [f'{here}/{name}: {key}' for key in expected
-                                    if key != 'Seconds' and not same(expected[key], state[key])]
-    print(json.dumps(result))
+        result['failed'] += status[1] != 0
+        result['different'] += differing(here, with_workers if workers else whole)
+    return result
+
+
+def press_trainings(folder, count):
+    """Interrupts processes, twice within 3 to 90 ms each time; says as above what came of them."""
+    moments = random.Random(0)
+    whole, seconds = finish(train_on, folder / 'whole', True)
+    result = {'double presses': 0, 'trainings': 0, 'different': [], 'failed': 0}
+    while (result['double presses'] < count or result['trainings'] < 4) and not result['failed']:
+        here, ended = folder / str(result['trainings']), (2 << 8)
+        while ended == 2 << 8:
+            child, done = start(train_on, here, result['trainings'] % 2 == 0), 0
+            while not done:
+                time.sleep(moments.uniform(0, 0.5) * seconds)
+                if result['double presses'] >= count:
+                    done, ended = os.waitpid(child, 0)
+                    break
+                done, ended = os.waitpid(child, os.WNOHANG)
+                if not done:
+                    os.kill(child, signal.SIGINT)
+                    time.sleep(moments.uniform(0.003, 0.09))
+                    os.kill(child, signal.SIGINT)  # of a process that has ended it is harmless: nobody has waited for it
+                    result['double presses'] += 1
+        result['trainings'] += 1
+        result['failed'] += ended != 0
+        result['different'] += differing(here, whole) if ended == 0 else []
+    return result
+
+
+def command(name, folder, count):
+    """What such a command says, as a dict."""
+    done = subprocess.run([sys.executable, __file__, name, str(folder), str(count)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @forks
 def test_killed_processes_end_as_if_they_had_not_been(tmp_path):
-    done = subprocess.run([sys.executable, __file__, 'kills', str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result['different'] == [] and result['failed'] == 0, (result, done.stderr)
+    result = command('kills', tmp_path, 33)
     assert result['kills'] >= 33 and result['in writing'] >= 12 and result['trainings'] >= 4, result
 
 
@@ -201,7 +260,7 @@ class AllKinds(Stats):
 
 
 class ByHand(nt.Experiment):
-    """A step that does not go through ``model``: `update` must average the gradients."""
+    """A step of its own, as subclasses have."""
 
     def step(self, batch):
         x, d = batch
@@ -219,15 +278,19 @@ def build(folder, kind=nt.Experiment, seed=0, **options):
                 scheduler=lr_scheduler.StepLR(sgd, 3), perform_validation_during_training=True, **options)
 
 
+def plain(summary):
+    """For JSON."""
+    return {name: value.tolist() if hasattr(value, 'tolist') else value for name, value in summary.items()}
+
+
 def processes(folder):
     """What each of two processes does."""
-    torch.set_num_threads(1)
     folder, rank = Path(folder), int(os.environ['RANK'])
     said = {}
     exp = build(folder / 'shared', seed=rank)  # goes on from the one process before
     said['epoch'] = exp.epoch
-    said['evaluation'] = nt._plain(exp.evaluate())
-    said['one sample'] = nt._plain(exp.evaluate(Data(1)))['count']
+    said['evaluation'] = plain(exp.evaluate())
+    said['one sample'] = plain(exp.evaluate(Data(1)))['count']
     exp.run(4)
     said['predicted'] = len(exp.predict(Data(5)))
     fresh = build(folder / f'fresh{rank}', seed=rank)  # other weights on each: those of rank 0 count
@@ -239,7 +302,7 @@ def processes(folder):
     said['steps'] = exp.stats_manager.number_update
     short = nt.Experiment(exp.net, td.Subset(Data(), range(7)), Data(7), exp.optimizer, AllKinds(), str(folder / 'short'), 4)
     short.run(1)
-    said['trained on'] = short.history[0]['count']
+    said['trained on'] = plain(short.history[0])['count']
     try:
         nt.Experiment(exp.net, Data(), Data(), exp.optimizer, Stats(), str(folder / 'odd'), 3)
     except ValueError as error:
@@ -251,7 +314,7 @@ def processes(folder):
 def test_two_processes_of_torchrun(tmp_path):
     one = build(tmp_path / 'shared')
     one.run(2)
-    figures = nt._plain(one.evaluate())
+    figures = plain(one.evaluate())
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
                            __file__, 'processes', str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment)
@@ -288,4 +351,11 @@ def test_two_processes_of_torchrun(tmp_path):
 
 
 if __name__ == '__main__':
-    {'kills': kill_trainings, 'processes': processes}[sys.argv[1]](sys.argv[2])
+    name, folder, *count = sys.argv[1:]
+    torch.set_num_threads(1)
+    if name == 'processes':
+        processes(folder)
+    else:
+        result = {'kills': kill_trainings, 'presses': press_trainings}[name](Path(folder), int(count[0]))
+        print(json.dumps(result))
+        sys.exit(bool(result['different'] or result['failed']))
