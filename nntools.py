@@ -164,10 +164,10 @@ class StatsManager:
         """How many samples a batch has: the length of the tensor ``d`` or ``x``, of a `PackedSequence`,
         of the tensors in a dict, of a list of samples. To be overridden where TypeError asks for it."""
         for part in (d, x):
-            if isinstance(part, nn.utils.rnn.PackedSequence):
-                return int(part.batch_sizes[0])
             if isinstance(part, torch.Tensor):
                 return len(part) if part.ndim else 1
+            if isinstance(part, nn.utils.rnn.PackedSequence):
+                return int(part.batch_sizes[0])
         sizes = {len(tensor) if tensor.ndim else 0 for tensor in _tensors([x, d])}
         if isinstance(x, (list, tuple)) and (len(sizes) > 1 or sizes <= {len(x)}):
             return len(x)
@@ -576,7 +576,8 @@ def _keep(exp, last):
 
 def _copied_state(exp):
     state = exp.state_dict()  # but for the entries of the history, which don't change
-    return copy.deepcopy(state, {id(entries): list(entries) for entries in [state.get('History')]})
+    lists = [state[name] for name in ('History', 'Seconds') if name in state]
+    return copy.deepcopy(state, {id(entries): list(entries) for entries in lists})
 
 
 def _call(exp, callback):
