@@ -297,11 +297,11 @@ class Experiment:
                     bar.update()
         if not all(torch.isfinite(p).all() for p in self.net.parameters()):  # spoilt by the last update
             raise _not_finite(self, 'weights are not finite', batch)
-        self.batch = 0
         for buffer in self.net.buffers() if _world_size() > 1 else ():
             dist.broadcast(buffer, 0)  # the batch-norm statistics of the first process count
-        summary = _kept(self.stats_manager.summarize())
+        self.batch, summary = 0, _kept(self.stats_manager.summarize())
         self.history.append((summary, _kept(self.evaluate())) if self.perform_validation_during_training else summary)
+        _check_names(self, self.history[-1])
         _step_scheduler(self, self.history[-1])
         self._seconds = [*self._seconds, *[math.nan] * self.epoch][:self.epoch - 1] + [time.time() - start]
 
@@ -674,7 +674,7 @@ def _say_what_is_not_trained(exp):
 def _try_last_batch(exp):
     """Evaluates the last batch, which may be short, so that what is wrong shows before the first epoch."""
     loader, data = exp.val_loader, exp.val_loader.dataset
-    if isinstance(data, td.IterableDataset) or not loader.batch_size:
+    if isinstance(data, td.IterableDataset) or not loader.batch_size or type(exp).evaluate is not Experiment.evaluate:
         return
     short = 0 if loader.drop_last else len(data) % loader.batch_size
     last = td.Subset(data, range(max(len(data) - (short or loader.batch_size), 0), len(data)))
@@ -694,7 +694,14 @@ def _check_statistics(exp):
         summary = _kept(exp.stats_manager.summarize())
     except (ValueError, ArithmeticError):  # there are statistics for which one batch is too little
         return
-    names = _row(exp, (summary, summary) if exp.perform_validation_during_training else summary)
+    if not exp.perform_validation_during_training:
+        _check_names(exp, summary)
+    elif type(exp).evaluate is Experiment.evaluate:  # another one can have other statistics
+        _check_names(exp, (summary, summary))
+
+
+def _check_names(exp, entry):
+    names = _row(exp, entry)
     if _column(exp) not in names and (exp.best_by is not None or isinstance(exp._scheduler, ReduceLROnPlateau)):
         close = difflib.get_close_matches(_column(exp), names, 1)
         raise ValueError(f'best_by: there is no statistic {exp.best_by or "loss"!r}, there is {", ".join(map(repr, names))}'

@@ -849,6 +849,24 @@ def test_22_a_misspelt_best_by_is_noticed_at_the_first_batch(tmp_path, validatio
     assert exp.steps == (0 if validation else 1) and exp.epoch == 0
 
 
+class OwnEvaluation(nt.Experiment):
+    """As a subclass of 2019: without an argument, and with a statistic of its own."""
+
+    def evaluate(self):
+        return {'mIoU': 0.5 + 0.1 * self.epoch}
+
+
+def test_22_an_evaluation_of_its_own_has_its_own_statistics(tmp_path):
+    options = {'perform_validation_during_training': True, 'best_mode': 'max'}
+    exp = experiment(tmp_path / 'a', OwnEvaluation, best_by='mIoU', **options)
+    exp.run(2)
+    assert exp.best == (2, 0.6) and best_agrees(exp)
+    exp = experiment(tmp_path / 'b', OwnEvaluation, best_by='mIuO', **options)
+    with pytest.raises(ValueError, match="no statistic 'mIuO'.*did you mean 'val_mIoU'"):
+        exp.run(2)
+    assert exp.epoch == 0
+
+
 class Dicts(Data):
     def __getitem__(self, k):
         x, d = super().__getitem__(k)
