@@ -951,9 +951,10 @@ def write_image(image, target):
         if deep and len(pixels) == 3:
             exif = Image.Exif()
             exif.load(image.exif)
-            texts = [(tag, 's', 0, text, True) for tag, text in exif.items() if isinstance(text, str)]
-            tifffile.imwrite(file, values, photometric='rgb', iccprofile=image.icc_profile, software=False,
-                             metadata=None, extratags=texts)
+            tags = [(tag, 's', 0, text, True) for tag, text in exif.items() if isinstance(text, str)]
+            if image.icc_profile:
+                tags.append((int(ICC_PROFILE), 'B', len(image.icc_profile), image.icc_profile, True))
+            tifffile.imwrite(file, values, photometric='rgb', software=False, metadata=None, extratags=tags)
         else:
             picture = Image.fromarray(values.squeeze(2) if len(pixels) == 1 else values)
             if image.alpha:

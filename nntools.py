@@ -559,6 +559,7 @@ def _begin(exp, num_epochs):
     if exp.epoch < num_epochs:
         if exp.perform_validation_during_training:
             _try_last_batch(exp)
+        _keep(exp, last=True)  # a run that was left need not have come to it
         exp.save()  # the weights may have changed since: another experiment can share them
     exp._state = _copied_state(exp)
 
@@ -568,7 +569,7 @@ def _keep(exp, last):
     two, the epoch is done again, and both are written again."""
     if exp._saved != exp.epoch:
         exp._state = _copied_state(exp)
-        if exp.best_by is not None and _best(exp)[0] == exp.epoch:
+        if exp.best_by is not None and _best(exp)[0] == exp.epoch > 0:
             exp.save(exp.best_path)
         if last or exp.epoch % exp.save_every == 0:
             exp.save()

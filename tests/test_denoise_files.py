@@ -62,8 +62,8 @@ def test_16_bits_of_grey(identity, tmp_path, suffix):
 
 def test_16_bits_of_colours(identity, tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
-    tifffile.imwrite(tmp_path / 'in.tif', DEEP_COLOURS, photometric='rgb', iccprofile=profile,
-                     extratags=[(Tag.Make, 's', 0, 'Camera', True)])
+    tifffile.imwrite(tmp_path / 'in.tif', DEEP_COLOURS, photometric='rgb',
+                     extratags=[(Tag.Make, 's', 0, 'Camera', True), (34675, 'B', len(profile), profile, True)])
     du.denoise_file(identity, tmp_path / 'in.tif', tmp_path / 'out.tif')
     assert np.array_equal(tifffile.imread(tmp_path / 'out.tif'), DEEP_COLOURS)
     with Image.open(tmp_path / 'out.tif') as result:

@@ -123,6 +123,34 @@ def test_01_a_fall_back_that_is_interrupted_is_not_saved(tmp_path):
     assert net.loads >= 3 and same(whole.history, exp.history) and same(weights(whole.net), weights(net))
 
 
+@pytest.mark.parametrize('twice', [False, True])
+def test_01_a_best_epoch_whose_file_was_interrupted_is_written(tmp_path, monkeypatch, twice):
+    """The first press comes while best.pth.tar is written, the second while the weights are put back."""
+    class Interruptible(Net):
+        def load_state_dict(self, *args, **options):
+            if len(presses) == 1 and twice:
+                presses.append('in the fall-back')
+                raise KeyboardInterrupt
+            return super().load_state_dict(*args, **options)
+
+    def save(state, file):
+        if len(state['History']) == 1 and not presses:
+            presses.append('in writing')
+            raise KeyboardInterrupt
+        saved(state, file)
+
+    presses, saved, options = [], torch.save, {'best_by': 'loss', 'best_mode': 'max'}  # the first epoch is the best
+    exp = make(tmp_path / 'a', Interruptible(), **options)
+    monkeypatch.setattr(torch, 'save', save)
+    with pytest.raises(KeyboardInterrupt):
+        exp.run(4)
+    exp.run(4)
+    assert len(presses) == 1 + twice and exp.best[0] == 1 and best_agrees(exp)
+    whole = make(tmp_path / 'whole', Net(), **options)
+    whole.run(4)
+    assert same(nt.load_checkpoint(exp.best_path)['Net'], nt.load_checkpoint(whole.best_path)['Net'])
+
+
 def cosine(T_max):
     return lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max)
 
