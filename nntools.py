@@ -29,6 +29,7 @@ Ask for 40 epochs and it goes on from the 20th, exactly as if it had never stopp
 ECE 285 (C. Deledalle, 2019): its programs and checkpoints keep working.
 """
 import ast
+import atexit
 import codecs
 import contextlib
 import copy
@@ -221,9 +222,7 @@ class Experiment:
         self._scheduler, self.also_save, self.history = scheduler, dict(self.also_save or {}), []
         self.allow = (self.allow,) if isinstance(self.allow, str) else tuple(self.allow)
         _check_arguments(self)
-        if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():  # started by torchrun
-            torch.cuda.is_available() and torch.cuda.set_device(find_device())
-            dist.init_process_group()
+        _join_processes()
         if self.device is not None:
             self.net.to(find_device(self.device))
             if 'device' in vars(self.net):
@@ -995,6 +994,14 @@ def _one_pass(exp, loader, epoch=0):
 
 
 # --- processes ---------------------------------------------------------------------------------------
+
+def _join_processes():
+    """Where torchrun has started this process, it becomes one of its group."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
+        torch.cuda.is_available() and torch.cuda.set_device(find_device())
+        dist.init_process_group()
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # its threads can crash the exit
+
 
 def _world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
