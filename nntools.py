@@ -38,6 +38,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import itertools
 import math
 import operator
@@ -453,7 +454,7 @@ class Experiment:
             if not os.path.isfile(self.config_path):
                 _write(self.config_path, lambda file: file.write(f'{self!r}\n'.encode()))
             state = self._state or self.state_dict()
-            _write(path or self.checkpoint_path, lambda file: torch.save(state, file))
+            _write(path or self.checkpoint_path, lambda file: _save(state, file))
         self._saved = self.epoch if path is None else self._saved
 
     def load(self, path=None):
@@ -1089,6 +1090,14 @@ def _write(path, write):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def _save(state, file):
+    """By way of memory: a `torch.save` that is interrupted writes on later, and if its file is closed by then,
+    the process aborts."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path, device='cpu', keys=KEYS):
