@@ -631,7 +631,7 @@ def load_network(name, folder=None, device='cpu'):
     """A trained network and its history, from ``checkpoints/NAME`` or another ``folder``.
 
     ``name`` begins with that of the network; ``_course`` after it stands for the course's batch norm
-    (``'dncnn'``, ``'dncnn_course'``, ``'dncnn_seed1'``). Returns the network, in evaluation mode, and a
+    (``'dncnn'``, ``'dncnn_14'``, ``'dncnn_course_assignment'``). Returns the network, in evaluation mode, and a
     list as `nntools.Experiment.history` has. Raises RuntimeError if there is no checkpoint or it can't
     be read.
     """
@@ -1259,7 +1259,8 @@ def evaluate(args):
         psnr, ssim, seconds = (np.array([run[key] for run in runs]) for key in ('psnr', 'ssim', 'seconds'))
         error = psnr.mean(axis=0).std(ddof=1) / math.sqrt(psnr.shape[1])
         title = (f'{type(net).__name__}({net.D}), {len(history)} epochs'
-                 + ", course's batch norm" * name.endswith('_course') + ', self-ensemble' * args.self_ensemble)
+                 + ", course's batch norm" * ('_course' in name) + ", the assignment's recipe" * name.endswith('_assignment')
+                 + ', self-ensemble' * args.self_ensemble)
         print(f'| {title} | {count_parameters(net):,} | {net.receptive_field} | {psnr.mean():.2f} ± {error:.2f} | '
               f'{", ".join(f"{value:.2f}" for value in psnr.mean(axis=1))} | {ssim.mean():.3f} | '
               f'{seconds.mean():.2f} |', flush=True)
