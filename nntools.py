@@ -117,8 +117,8 @@ class StatsManager:
 
     ``metrics`` is a dict of name to function of (y, d), which returns a value for each sample, (N,) or
     (N, ...), or one for the batch; they are averaged over the samples. For more, extend three methods:
-    ``init`` begins a pass, ``accumulate`` adds a batch, ``summarize`` returns a dict. What they count
-    stays readable after the pass. Under torchrun every process adds the batches of all.
+    ``init`` begins a pass (with new lists, not by clearing those of the last one), ``accumulate`` adds a
+    batch, ``summarize`` returns a dict. What they count stays readable after the pass. Under torchrun every process adds the batches of all.
     """
     _metrics = {}
 
@@ -217,10 +217,12 @@ class Experiment:
 
     # For subclasses of 2019, which need not call __init__. (_state: what a run that was left goes back to.)
     train_loader = val_loader = _scheduler = _saved = _untrained = _state = None
-    batch, _seconds, _stopped, _scaler = 0, (), False, torch.amp.GradScaler(enabled=False)
+    batch, _seconds, _stopped, _checked, _scaler = 0, (), False, False, torch.amp.GradScaler(enabled=False)
 
     def __post_init__(self, scheduler):
         self._scheduler, self.also_save, self.history = scheduler, dict(self.also_save or {}), []
+        if scheduler is not None:
+            self.scheduler = scheduler
         self.allow = (self.allow,) if isinstance(self.allow, str) else tuple(self.allow)
         _check_arguments(self)
         _join_processes()
@@ -236,6 +238,8 @@ class Experiment:
         try:
             _open(self)
         except AttributeError as error:
+            if error.obj is not self:
+                raise
             raise AttributeError(f'{error}. Set it before you call super().__init__(), which needs it') from error
 
     # --- the loop ----------------------------------------------------------------------------------
@@ -262,7 +266,7 @@ class Experiment:
                     _keep(self, last=self.epoch == num_epochs)
                     _say(f'Epoch {self.epoch}/{num_epochs}: {_line(self)} ({self._seconds[-1]:.2f} s)')
                     _call(self, callback)
-                _keep(self, last=True)
+                self._saved == self.epoch or self.save()
             except BaseException as error:
                 _fall_back(self, error)
                 raise
@@ -275,7 +279,7 @@ class Experiment:
         """Trains for one epoch, validates, and adds an entry to the history."""
         start, autocast = time.time(), contextlib.nullcontext()
         if self.precision != 'float32':
-            autocast = torch.autocast(_device_of(self.net).type, dtype=getattr(torch, self.precision))
+            autocast = torch.autocast(_device_of(self.net).type, dtype=getattr(torch, self.precision), cache_enabled=False)  # a step can update twice
         bar.reset()
         self.stats_manager.init()
         with _one_pass(self, self.train_loader, self.epoch + 1):
@@ -288,7 +292,7 @@ class Experiment:
                     raise _not_finite(self, f'the loss is {loss}', batch)
                 for part in _from_all((loss, x, y, d)):
                     self.stats_manager.accumulate(*part)
-                if self.batch == 1:
+                if not self._checked:
                     _check_statistics(self)
                 if after_batch is not None:
                     after_batch(self, loss)
@@ -300,7 +304,8 @@ class Experiment:
         for buffer in self.net.buffers() if _world_size() > 1 else ():
             dist.broadcast(buffer, 0)  # the batch-norm statistics of the first process count
         self.batch, summary = 0, _kept(self.stats_manager.summarize())
-        self.history.append((summary, _kept(self.evaluate())) if self.perform_validation_during_training else summary)
+        entry = (summary, _kept(self.evaluate())) if self.perform_validation_during_training else summary
+        self.history.append(_from_all(entry)[0])
         _check_names(self, self.history[-1])
         _step_scheduler(self, self.history[-1])
         self._seconds = [*self._seconds, *[math.nan] * self.epoch][:self.epoch - 1] + [time.time() - start]
@@ -330,15 +335,15 @@ class Experiment:
 
     def update(self, loss, optimizer=None):
         """One step of ``optimizer`` (default: the experiment's) down the gradient of ``loss``, averaged
-        over the processes of torchrun, and over ``batches_per_step`` batches (with one optimizer)."""
-        if not self.net.training:
+        over the processes of torchrun, and over ``batches_per_step`` batches (with one update a step)."""
+        if not (self.net.training or self.batch and torch.is_grad_enabled()):  # a step may set eval()
             return
         if loss.numel() != 1:
             raise ValueError(f'the loss must be one number, got the shape {tuple(loss.shape)}: take its mean')
         optimizer, number, batches = optimizer or self.optimizer, 1, 1
         if self.batches_per_step > 1:
             number = (self.batch - 1) % self.batches_per_step + 1  # of this batch among those of the step
-            batches = min(self.batches_per_step, len(self.train_loader) - self.batch + number)
+            batches = min(self.batches_per_step, (operator.length_hint(self.train_loader) or math.inf) - self.batch + number)
             loss = loss / batches
         if number == 1:
             optimizer.zero_grad()
@@ -431,8 +436,8 @@ class Experiment:
     def load_state_dict(self, checkpoint):
         """Takes over a state that `state_dict` returned, or one of the original helper. ValueError: it
         doesn't fit network or optimizer; everything is left as it was."""
-        if missing := sorted({'Net', 'History', *(self.also_save or ())} - checkpoint.keys()):
-            raise ValueError(f'the checkpoint has no {", ".join(missing)}')
+        if missing := sorted({'Net', 'History', *(self.also_save or ())} - checkpoint.keys() - set(self.allow)):
+            raise ValueError(f'the checkpoint has no {", ".join(missing)}; allow={tuple(missing)!r} begins with what is given')
         items = {name: item for name, item in _items(self).items() if name in checkpoint}
         before = copy.deepcopy({name: item.state_dict() for name, item in items.items()})
         history = [_kept(entry) for entry in checkpoint['History']]
@@ -452,9 +457,18 @@ class Experiment:
         nothing; and beside the first one ``config.txt``, for people."""
         if _rank() == 0:
             if not os.path.isfile(self.config_path):
-                _write(self.config_path, lambda file: file.write(f'{self!r}\n'.encode()))
+                _write(self.config_path, f'{self!r}\n'.encode())
             state = self._state or self.state_dict()
-            _write(path or self.checkpoint_path, lambda file: _save(state, file))
+            buffer = io.BytesIO()  # as a `torch.save` into a file that is interrupted can abort the process
+            try:
+                torch.save(state, buffer)
+            except RuntimeError as error:  # which torch can make of an interrupt
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
+            _write(path or self.checkpoint_path, buffer.getbuffer())
+            if self.epoch < 2:  # lest a training ends with what can't be read
+                _read(self, path or self.checkpoint_path)
         self._saved = self.epoch if path is None else self._saved
 
     def load(self, path=None):
@@ -472,7 +486,7 @@ class Experiment:
         Subclasses may add their own. Stored and compared are plain values and texts (`repr`)."""
         train_set, val_set = getattr(self, 'train_set', None), getattr(self, 'val_set', None)
         size = train_set.batch_size if isinstance(train_set, td.DataLoader) else self.batch_size
-        return {'Net': self.net, 'TrainSet': train_set, 'ValSet': val_set, 'Optimizer': self.optimizer,
+        return {**(self.also_save or {}), 'Net': self.net, 'TrainSet': train_set, 'ValSet': val_set, 'Optimizer': self.optimizer,
                 'StatsManager': self.stats_manager, 'BatchSize': size, 'TrainSetSize': _size(train_set),
                 'PerformValidationDuringTraining': self.perform_validation_during_training,
                 'ValSetSize': _size(val_set), 'Seed': self.seed, 'Precision': self.precision, 'Scheduler': self._scheduler,
@@ -494,28 +508,26 @@ def _items(exp):
 def _open(exp):
     """Goes on from the checkpoint in the folder, if its settings agree, or writes the first one."""
     stored = _read(exp, exp.checkpoint_path) if _from_all(os.path.isfile(exp.checkpoint_path))[0] else {}
+    stored = stored if stored.get('History', stored) else {}  # of no epoch: what is given now counts
     old = (stored.get('Setting') or _settings_of_config(exp.config_path)) if stored else {}
     exp.seed = old.get('Seed', _new_seed()) if exp.seed is None else exp.seed
     if exp.best_by is None:
         exp.best_by, exp.best_mode = stored.get('Best', (None, exp.best_mode))
     exp.train_loader = _loader(exp, exp.train_set, training=True)
     exp.val_loader = None if exp.val_set is None else _loader(exp, exp.val_set)
-    for tensor in exp.net.state_dict().values() if _world_size() > 1 else ():
-        dist.broadcast(tensor, 0)  # all start from the weights of the first process
-    differences, trained = _compare_settings(exp, old), bool(stored.get('History', stored))
-    if trained and not differences.keys() <= set(exp.allow):
+    _follow_first(exp)
+    differences = _compare_settings(exp, old)
+    if not differences.keys() <= set(exp.allow):
         lines = [line for name in differences if name not in exp.allow for line in differences[name]]
         raise ValueError('\n  '.join([f'{exp.output_dir} holds a checkpoint made with other settings:', *lines])
                          + '\nUse the stored settings, or another output_dir to start anew; '
                          f'allow={tuple(differences)!r} goes on with the new ones.')
-    with contextlib.nullcontext() if trained else contextlib.suppress(ValueError):
-        if trained or stored and not differences:  # before the first epoch, there is nothing to lose
-            _take_with_changes(exp, stored, {'Optimizer', 'Scheduler'} & differences.keys())
-    if not trained or differences:
+    if stored:
+        _take_with_changes(exp, stored, differences.keys() & _items(exp).keys())
+    if not stored or differences:
         exp.save()
-        _rank() or _read(exp, exp.checkpoint_path)  # lest a training ends with what can't be read
     exp._saved = exp.epoch
-    _put_aside_stale_best(exp)
+    _put_aside_stale_best(exp, later=False)
 
 
 def _read(exp, path):
@@ -523,16 +535,18 @@ def _read(exp, path):
 
 
 def _take_with_changes(exp, state, changed):
-    """Takes a state; optimizer and schedule, if changed, as given, the schedule as if from the first epoch."""
-    groups = [{k: v for k, v in group.items() if k != 'params'} for group in exp.optimizer.param_groups]
-    same_kind = state.get('Setting', {}).get('Optimizer') == type(exp.optimizer).__name__
-    _take(exp, {name: value for name, value in state.items() if not changed or name != 'Scheduler' and (
-        name != 'Optimizer' or same_kind)})  # the state of another kind of optimizer is of no use
-    for group, given in zip(exp.optimizer.param_groups, groups) if changed else ():
-        group.update(given)
+    """Takes a state, but of what ``changed`` (names of items) what was given: of an optimizer its options, with the
+    schedule as if from the first epoch, of anything else all."""
+    changed = changed | {'Optimizer', 'Scheduler'} if changed & {'Optimizer', 'Scheduler'} else changed
+    optimizers = {name: item for name, item in _items(exp).items() if name in changed and hasattr(item, 'param_groups')}
+    given = [dict(group, params=None) for item in optimizers.values() for group in item.param_groups]
+    of_use = {name for name, item in optimizers.items() if state.get('Setting', {}).get(name) == type(item).__name__}
+    _take(exp, {name: value for name, value in state.items() if name in of_use or name not in changed})
+    for group, options in zip((group for item in optimizers.values() for group in item.param_groups), given):
+        group.update(options, params=group['params'])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch misses the steps of the optimizer
-        for entry in exp.history if changed else ():
+        for entry in exp.history if 'Scheduler' in changed else ():
             _step_scheduler(exp, entry)
 
 
@@ -554,9 +568,10 @@ def _begin(exp, num_epochs):
     exp.seed = _new_seed() if exp.seed is None else exp.seed
     _say(f'Start/Continue training from epoch {exp.epoch}')
     _say_what_is_not_trained(exp)
-    exp._stopped, exp.batch = False, 0
+    exp._stopped, exp._checked, exp.batch = False, False, 0
     exp.net.eval()
     if exp.epoch < num_epochs:
+        _put_aside_stale_best(exp)
         if exp.perform_validation_during_training:
             _try_last_batch(exp)
         _keep(exp, last=True)  # a run that was left need not have come to it
@@ -582,10 +597,11 @@ def _copied_state(exp):
 
 
 def _call(exp, callback):
-    """On one process; the others wait for it, and hear whether it called `stop`."""
-    if callback is not None and _rank() == 0:
-        callback(exp)
-    exp._stopped = _from_all(exp._stopped)[0]
+    """On one process; the others wait for it, and follow in what it has changed."""
+    if callback is not None:
+        _rank() or callback(exp)
+        exp._stopped = _from_all(exp._stopped)[0]
+        _follow_first(exp)
 
 
 def _fall_back(exp, error):
@@ -643,7 +659,7 @@ def _check_arguments(exp):
 
 def _check_combinations(exp):
     """Raises ValueError for arguments that don't go together."""
-    own, scheduler, clip = list(nn.Module.parameters(exp.net)), exp._scheduler, exp.grad_clip
+    own, scheduler, clip = [p for _, p in nn.Module.named_parameters(exp.net)], exp._scheduler, exp.grad_clip
     taken = exp.also_save.keys() & (KEYS | {'Scheduler', 'Scaler', 'Seconds', 'Best', 'Setting', 'Format'})
     for wrong, message in (
             (isinstance(exp.optimizer, torch.optim.LBFGS), 'LBFGS needs a closure at each step: take another optimizer'),
@@ -675,24 +691,32 @@ def _say_what_is_not_trained(exp):
 def _try_last_batch(exp):
     """Evaluates the last batch, which may be short, so that what is wrong shows before the first epoch."""
     loader, data = exp.val_loader, exp.val_loader.dataset
-    if isinstance(data, td.IterableDataset) or not loader.batch_size or type(exp).evaluate is not Experiment.evaluate:
+    if (isinstance(data, td.IterableDataset) or not loader.batch_size or loader.worker_init_fn
+            or type(exp).evaluate is not Experiment.evaluate):
         return
     short = 0 if loader.drop_last else len(data) % loader.batch_size
     last = td.Subset(data, range(max(len(data) - (short or loader.batch_size), 0), len(data)))
     try:
-        exp.evaluate(td.DataLoader(last, loader.batch_size, collate_fn=loader.collate_fn))
+        summary = _kept(exp.evaluate(td.DataLoader(last, loader.batch_size, collate_fn=loader.collate_fn)))
     except RuntimeError as error:
+        if not short:
+            raise
         raise RuntimeError(f'the last batch of the evaluation has {len(last)} samples, others {loader.batch_size}: {error}. If '
                            'the network can take no fewer, give drop_last_in_evaluation=True') from error
     except (ValueError, ArithmeticError):  # there are statistics for which one batch is too little
         return
-    _check_statistics(exp)
+    _check_names(exp, (summary, summary))
 
 
 def _check_statistics(exp):
-    """Refuses after one batch what can't be kept, and a ``best_by`` that is no statistic."""
+    """Refuses after the first batch what can't be kept, and a ``best_by`` that is no statistic."""
+    exp._checked = True
     try:
-        summary = _kept(exp.stats_manager.summarize())
+        stats = copy.deepcopy(exp.stats_manager)  # as `summarize` can end a pass
+    except Exception:  # a lock, an open file
+        return
+    try:
+        summary = _kept(stats.summarize())
     except (ValueError, ArithmeticError):  # there are statistics for which one batch is too little
         return
     if not exp.perform_validation_during_training:
@@ -739,9 +763,10 @@ def _describe(name, value):
             group = group | {'lr': group.get('initial_lr', group.get('lr'))}
             parts |= {option + f' of group {k}' * (k > 0): group[option] for option in ('lr', *value.defaults)}
     elif hasattr(value, 'optimizer') and hasattr(value, 'state_dict'):  # a scheduler: what stays as it is in training
-        changing = ('last_epoch', 'best', 'num_bad_epochs', 'cooldown_counter', 'T_cur', 'T_i')
-        parts = {key: v for key, v in value.state_dict().items()
-                 if key == '_schedulers' or not key.startswith('_') and key not in changing}
+        changing, state = ('last_epoch', 'best', 'num_bad_epochs', 'cooldown_counter', 'T_cur', 'T_i'), value.state_dict()
+        nested = {f'{k}: {key}': v for k, part in enumerate(state.get('_schedulers', ())) for key, v in part.items()}
+        parts = {key: v for key, v in (state | nested).items() if not key.split(' ')[-1].startswith('_')
+                 and key.split(' ')[-1] not in changing}
     elif isinstance(value, td.DataLoader):
         parts = {'data': value.dataset, 'drop_last': value.drop_last}
     else:
@@ -792,7 +817,7 @@ def _compare_settings(exp, old):
         known = name in old and name in given and name not in ('Source', 'Torch')
         if a == b or not known or name.startswith('ValSet') and not validates:
             continue
-        if part and (old[name] != given[name] or other_torch and (name == 'Net' or 'nothing' in (a, b))):
+        if part and (old[name] != given[name] or other_torch and (name in ('Net', *(exp.also_save or ())) or 'nothing' in (a, b))):
             continue  # of another class, all parts differ
         differences.setdefault(name, []).append(f'{name}: {part}{" " * bool(part)}stored {a}, given {b}')
     return differences
@@ -804,18 +829,19 @@ def _kept(value):
     """A summary as the history keeps it: tensors and arrays as tensors on the CPU, plain numbers and texts."""
     def kept(leaf):
         if isinstance(leaf, (torch.Tensor, np.ndarray)):
-            return torch.as_tensor(leaf).detach().cpu().clone()
+            return torch.as_tensor(leaf).detach().cpu().clone().as_subclass(torch.Tensor)
         leaf = leaf.item() if isinstance(leaf, np.generic) else leaf
         if leaf is None or isinstance(leaf, (bool, int, float, str)):
             return leaf
         raise TypeError(f'summarize must return numbers, got a {type(leaf).__name__}')
-    return _map(kept, value)
+    return _map(kept, value._asdict() if hasattr(value, '_asdict') else value)
 
 
 def _flat(summary):
     """A summary as a dict of plain numbers and lists; of an odd one, an empty dict."""
     if isinstance(summary, dict):
-        return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in summary.items()}
+        return {name: value.tolist() if isinstance(value, torch.Tensor) and value.numel() != 1 else
+                value.item() if isinstance(value, torch.Tensor) else value for name, value in summary.items()}
     return {'loss': float(summary)} if isinstance(summary, (int, float)) or getattr(summary, 'ndim', 1) == 0 else {}
 
 
@@ -1020,6 +1046,18 @@ def _from_all(value):
     return values
 
 
+def _follow_first(exp):
+    """All take over the state of the first process, and what is frozen in it."""
+    if _world_size() > 1:
+        own = [p for _, p in nn.Module.named_parameters(exp.net)]
+        state = {name: item.state_dict() for name, item in _items(exp).items()}, [p.requires_grad for p in own]
+        states, trained = _from_all(None if _rank() else state)[0]
+        for name, item in _items(exp).items():
+            item.load_state_dict(states[name])
+        for p, wanted in zip(own, trained):
+            p.requires_grad_(wanted)
+
+
 def _average_gradients(optimizer):
     """The mean over the processes; who has no gradient, as its batch did not use a layer, counts as zero.
     Where nobody has one, there stays none, and the optimizer leaves that layer alone."""
@@ -1070,34 +1108,22 @@ def _say(text):
 
 # --- files -------------------------------------------------------------------------------------------
 
-def _write(path, write):
-    """Calls ``write(file)`` and puts the result at ``path`` at once: all of it, or nothing."""
+def _write(path, data):
+    """Puts bytes into a file: all of them at once, or nothing."""
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         with open(temporary, 'wb') as file:
-            write(file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # what torch makes of a full disk, and of an interrupt
-        cause = error
-        while cause := cause.__context__:
-            if isinstance(cause, KeyboardInterrupt):
-                raise cause from None
+    except OSError as error:
         raise OSError(f'could not write {path} ({error}); what was saved before is untouched. '
                       'Check that the disk has room and the folder is writable.') from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-
-
-def _save(state, file):
-    """By way of memory: a `torch.save` that is interrupted writes on later, and if its file is closed by then,
-    the process aborts."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path, device='cpu', keys=KEYS):
@@ -1121,10 +1147,12 @@ def load_checkpoint(path, device='cpu', keys=KEYS):
     return checkpoint
 
 
-def _put_aside_stale_best(exp):
-    """best.pth.tar must be that of `exp.best`: it is not if best_by was changed, or the history."""
+def _put_aside_stale_best(exp, later=True):
+    """best.pth.tar must be that of `exp.best`: it is not if best_by was changed, or the history. If it is of a
+    ``later`` epoch than that of the checkpoint, another process can be at work."""
     path = getattr(exp, 'best_path', '')
-    if _rank() == 0 and os.path.isfile(path) and len(_read(exp, path)['History']) != _best(exp)[0]:
+    epoch = len(_read(exp, path)['History']) if _rank() == 0 and os.path.isfile(path) else _best(exp)[0]
+    if epoch != _best(exp)[0] and (later or epoch <= exp.epoch):
         os.replace(path, f'{path}.old')
         _say(f'{path} is not of the best epoch any more: it is now {path}.old')
 

@@ -3,6 +3,7 @@
 This file is also the program that some of them start: ``python test_nntools_review.py hold FOLDER``
 trains until it is told to go on, ``torchrun ... processes FOLDER`` is one of two processes.
 """
+import collections
 import csv
 import importlib
 import json
@@ -345,6 +346,24 @@ def processes(folder):
     said['called'], said['epoch'] = called, exp.epoch
     said['own loader'] = exp.evaluate()
     said['trained on'] = exp.history[0][0]
+    torch.manual_seed(rank)
+    net, other = Two(), Net()
+    other.out.bias.data.fill_(rank)
+    parts = [net.body, net.second]
+    exp = nt.Experiment(net, Data(24), td.Subset(Data(8), range(rank, 8, 2)), torch.optim.SGD(
+        [{'params': part.parameters()} for part in parts], lr=0.3), nt.StatsManager(), str(folder / 'phases'), 4, True, seed=0,
+        also_save={'other': other})
+
+    def phases(e):
+        thawed = e.epoch >= 2
+        net.body.requires_grad_(thawed)
+        for group, rate in zip(e.optimizer.param_groups, (0.01, 0.1) if thawed else (0, 0.3)):
+            group['lr'] = rate
+
+    exp.run(4, phases)
+    said['phases'] = {'weights': [p.tolist() for _, p in nn.Module.named_parameters(net)], 'bias': other.out.bias.tolist(),
+                      'rates': [group['lr'] for group in exp.optimizer.param_groups], 'history': exp.history,
+                      'frozen': not net.body.weight.requires_grad}
     exp = build_two(folder / 'failing', Failing)
     try:
         exp.run(3)
@@ -1712,6 +1731,231 @@ def test_wanted_predictions_with_targets(tmp_path):
     exp = make(tmp_path)
     y, d = exp.predict(Data(), targets=True)
     assert torch.equal(y, exp.predict(Data())) and torch.equal(d, torch.stack([Data()[k][1] for k in range(22)]))
+
+
+# --- found after the review ---------------------------------------------------------------------------
+
+class Plain(nt.NeuralNetwork):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    criterion = staticmethod(nn.functional.mse_loss)
+
+
+def test_a_checkpoint_of_no_epoch_gives_nothing(tmp_path):
+    """Networks that are only evaluated in one folder, or given anew after a failed first epoch, stay as they are."""
+    for k in range(3):
+        torch.manual_seed(k)
+        net = Plain()
+        given = weights(net)
+        make(tmp_path, net, seed=None).evaluate()
+        assert same(weights(net), given)
+    torch.manual_seed(5)
+    seed = make(tmp_path / 'new', seed=None).seed
+    torch.manual_seed(5)
+    assert make(tmp_path, seed=None).seed == seed
+
+
+class Adds(nt.Experiment):
+    """Two updates a step, each with the weights that the first has left."""
+    def step(self, batch):
+        x, d = batch
+        for _ in range(2):
+            y = self.net(x)
+            self.seen.append(y.detach().float().clone())
+            loss = self.net.criterion(y.float(), d)
+            self.update(loss)
+        return loss, x, y, d
+
+
+def test_each_update_sees_the_weights_of_the_one_before(tmp_path):
+    """Autocast keeps weights that it has cast; not beyond an update."""
+    net = Plain()
+    exp = Adds(net, Data(), Data(7), torch.optim.SGD(net.parameters(), lr=0.5), nt.StatsManager(), str(tmp_path), 4,
+               seed=0, precision='bfloat16')
+    exp.seen = []
+    exp.run(1)
+    assert all(not torch.equal(a, b) for a, b in zip(exp.seen[::2], exp.seen[1::2]))
+
+
+def test_all_processes_follow_the_callback_of_the_first(ranks):
+    """Rates, what is frozen, the weights of a second network; a schedule that each process would step otherwise."""
+    _, (first, second) = ranks
+    assert first['phases'] == second['phases']
+    assert first['phases']['rates'] == [0.01, 0.1] and not first['phases']['frozen']
+
+
+def second_optimizer(folder, lr=1e-3, total=20, net=None, **options):
+    net = net or Net()
+    other = torch.optim.SGD(net.out.parameters(), lr=lr, momentum=0.9)
+    cycle = lr_scheduler.OneCycleLR(other, max_lr=lr, total_steps=total)
+    return make(folder, net, optimizer=torch.optim.Adam(net.hidden.parameters(), lr=0.01),
+                also_save={'D': other, 'cycle': cycle}, **options)
+
+
+def test_settings_of_what_is_also_saved_are_compared(tmp_path):
+    second_optimizer(tmp_path).run(1)
+    with pytest.raises(ValueError, match=r'D: lr stored 4e-05, given 0.0004[\s\S]*allow='):
+        second_optimizer(tmp_path, lr=1e-2)
+    with pytest.raises(ValueError, match='cycle: total_steps stored 20, given 40'):
+        second_optimizer(tmp_path, total=40)
+    momenta = second_optimizer(tmp_path).also_save['D'].state_dict()['state']
+    exp = second_optimizer(tmp_path, lr=1e-2, allow=('D', 'cycle'))
+    assert exp.epoch == 1 and exp.also_save['D'].param_groups[0]['max_lr'] == 1e-2
+    assert same(exp.also_save['D'].state_dict()['state'], momenta)
+
+
+def test_something_can_be_saved_from_now_on(tmp_path):
+    make(tmp_path).run(2)
+    averaged = swa_utils.AveragedModel(Net())
+    with pytest.raises(ValueError, match=r"no averaged; allow=\('averaged',\) begins with what is given"):
+        make(tmp_path, also_save={'averaged': averaged})
+    exp = make(tmp_path, also_save={'averaged': averaged}, allow='averaged')
+    exp.run(3)
+    assert 'averaged' in nt.load_checkpoint(exp.checkpoint_path)
+    assert make(tmp_path, also_save={'averaged': averaged}).epoch == 3
+
+
+class Resetting(nt.StatsManager):
+    """Computes and begins anew, as the metrics of torchmetrics are used."""
+    def init(self):
+        super().init()
+        self.seen = 0
+
+    def accumulate(self, loss, x, y, d):
+        super().accumulate(loss, x, y, d)
+        self.seen += len(x)
+
+    def summarize(self):
+        seen, self.seen = self.seen, 0
+        return {'loss': super().summarize(), 'seen': seen}
+
+
+@pytest.mark.parametrize('validation', [False, True])
+def test_a_summary_that_ends_the_pass_counts_every_batch(tmp_path, validation):
+    exp = make(tmp_path, stats=Resetting(), perform_validation_during_training=validation)
+    exp.run(2)
+    assert [entry[0]['seen'] if validation else entry['seen'] for entry in exp.history] == [20, 20]
+
+
+def test_a_step_may_set_the_network_to_evaluation(tmp_path):
+    class FixedNorm(Net):
+        def train(self, mode=True):
+            return super().train(False)
+
+    exp = make(tmp_path, FixedNorm())
+    before = weights(exp.net)
+    exp.evaluate()
+    assert same(weights(exp.net), before)
+    exp.run(1)
+    assert not same(weights(exp.net), before)
+
+
+def test_a_summary_of_another_kind_can_be_resumed(tmp_path):
+    class Named(nt.StatsManager):
+        def summarize(self):
+            return collections.namedtuple('Result', 'loss accuracy')(super().summarize(), torch.ones(1))
+
+    class Unreadable(nt.StatsManager):
+        def summarize(self):
+            return {lr_scheduler.ReduceLROnPlateau: super().summarize()}
+
+    make(tmp_path, stats=Named(), best_by='accuracy', best_mode='max').run(1)
+    exp = make(tmp_path, stats=Named())
+    assert exp.epoch == 1 and exp.history[0].keys() == {'loss', 'accuracy'} and exp.best == (1, 1.0)
+    with pytest.raises(RuntimeError, match='holds objects that could run code'):  # and not only at the next start
+        make(tmp_path / 'other', stats=Unreadable()).run(5)
+
+
+def test_who_only_looks_leaves_the_best_weights(tmp_path):
+    """Another process trains on, and has written its best epoch, but not yet its last one."""
+    exp = make(tmp_path, save_every=5, best_by='loss', lr=1e-3)
+    looked = []
+
+    def look(e):
+        if e.epoch == 8:
+            looked.append(make(tmp_path, lr=1e-3).epoch)
+
+    exp.run(10, look)
+    assert looked == [5] and exp.best[0] > 5
+    assert len(nt.load_checkpoint(exp.best_path)['History']) == exp.best[0]
+
+
+@pytest.mark.parametrize('save_every', [1, 5])
+def test_what_the_last_callback_does_is_not_saved(tmp_path, save_every):
+    def halve(e):
+        if e.epoch:
+            e.optimizer.param_groups[0]['lr'] /= 2
+            e.stop()
+
+    exp = make(tmp_path, save_every=save_every)
+    exp.run(3, halve)
+    assert nt.load_checkpoint(exp.checkpoint_path)['Optimizer']['param_groups'][0]['lr'] == 0.01
+
+
+def test_a_second_experiment_with_the_same_objects(tmp_path):
+    """As when a cell is run again: a schedule of several parts has moved on, and is what it was."""
+    net = Net()
+    adam = torch.optim.Adam(net.parameters(), lr=0.1)
+    parts = [lr_scheduler.LinearLR(adam, total_iters=2), lr_scheduler.CosineAnnealingLR(adam, T_max=4)]
+    schedule = lr_scheduler.SequentialLR(adam, parts, milestones=[2])
+
+    def build(schedule):
+        return nt.Experiment(net, Data(), Data(7), adam, Stats(), str(tmp_path), 4, seed=0, scheduler=schedule)
+
+    build(schedule).run(3)
+    rate = adam.param_groups[0]['lr']
+    exp = build(schedule)
+    assert exp.epoch == 3 and adam.param_groups[0]['lr'] == rate and exp.scheduler is schedule
+    parts = [lr_scheduler.LinearLR(adam, total_iters=2), lr_scheduler.CosineAnnealingLR(adam, T_max=8)]
+    with pytest.raises(ValueError, match='Scheduler: 1: T_max stored 4, given 8'):
+        build(lr_scheduler.SequentialLR(adam, parts, milestones=[2]))
+
+
+def test_gradients_of_a_stream_are_accumulated(tmp_path):
+    """Of a data set without a length nobody knows the last batch."""
+    class Stream(td.IterableDataset):
+        def __iter__(self):
+            return (Data()[k] for k in range(22))
+
+    exp = make(tmp_path, train=td.DataLoader(Stream(), 4), batches_per_step=2)
+    exp.run(1)
+    assert exp.optimizer.state[exp.net.out.weight]['step'] == 3
+
+
+def test_an_error_in_validation_is_not_blamed_on_a_short_batch(tmp_path):
+    wrong = td.TensorDataset(torch.zeros(8, 5), torch.zeros(8, 1))
+    with pytest.raises(RuntimeError) as error:
+        make(tmp_path, val=wrong, perform_validation_during_training=True).run(1)
+    assert 'mat1 and mat2' in str(error.value) and 'last batch' not in str(error.value)
+
+
+def test_workers_that_open_a_file_are_left_to_it(tmp_path):
+    class Opened(Data):
+        file = None
+
+        def __getitem__(self, k):
+            return self.file[k]
+
+    def open_it(worker):
+        data = td.get_worker_info().dataset
+        data.file = Data(7)
+
+    loader = td.DataLoader(Opened(7), 4, num_workers=1, worker_init_fn=open_it, multiprocessing_context='fork')
+    exp = make(tmp_path, val=loader, perform_validation_during_training=True)
+    exp.run(1)
+    assert exp.epoch == 1
+
+
+def test_a_frozen_network_can_be_evaluated(tmp_path):
+    net = Net()
+    adam = torch.optim.Adam(net.parameters())
+    net.requires_grad_(False)
+    assert make(tmp_path, net, optimizer=adam).evaluate()
 
 
 if __name__ == '__main__':
