@@ -61,9 +61,9 @@ def train_on(folder, again):
     """A process that is interrupted, of 700,000 parameters: as in a notebook, where run is called
     ``again``, or as a script, which ends."""
     exp = build_training(folder, width=100_000)
-    while exp.epoch < EPOCHS:
+    while True:  # also after the last epoch: a second press can come while that is saved
         try:
-            exp.run(EPOCHS)
+            return exp.run(EPOCHS)
         except KeyboardInterrupt:
             if not again:
                 raise
