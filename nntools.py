@@ -117,8 +117,9 @@ class StatsManager:
 
     ``metrics`` is a dict of name to function of (y, d), which returns a value for each sample, (N,) or
     (N, ...), or one for the batch; they are averaged over the samples. For more, extend three methods:
-    ``init`` begins a pass (with new lists, not by clearing those of the last one), ``accumulate`` adds a
-    batch, ``summarize`` returns a dict. What they count stays readable after the pass. Under torchrun every process adds the batches of all.
+    ``init`` begins a pass (with new lists; it doesn't clear those of the last one), ``accumulate`` adds a
+    batch, ``summarize`` returns a dict. What they count stays readable after the pass. Under torchrun
+    every process adds the batches of all.
     """
     _metrics = {}
 
@@ -226,11 +227,7 @@ class Experiment:
         self.allow = (self.allow,) if isinstance(self.allow, str) else tuple(self.allow)
         _check_arguments(self)
         _join_processes()
-        if self.device is not None:
-            self.net.to(find_device(self.device))
-            if 'device' in vars(self.net):
-                self.net.device = find_device(self.device)
-        self.device = _device_of(self.net)
+        self.device = _moved(self.net, self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
         self.output_dir = os.path.expanduser(self.output_dir or f'experiment_{_from_all(time.time())[0]}')
         self.checkpoint_path, self.best_path, self.config_path = (
@@ -278,8 +275,8 @@ class Experiment:
     def _run_epoch(self, bar, after_batch):
         """Trains for one epoch, validates, and adds an entry to the history."""
         start, autocast = time.time(), contextlib.nullcontext()
-        if self.precision != 'float32':
-            autocast = torch.autocast(_device_of(self.net).type, dtype=getattr(torch, self.precision), cache_enabled=False)  # a step can update twice
+        if self.precision != 'float32':  # without a cache of cast weights, as a step can update twice
+            autocast = torch.autocast(_device_of(self.net).type, getattr(torch, self.precision), cache_enabled=False)
         bar.reset()
         self.stats_manager.init()
         with _one_pass(self, self.train_loader, self.epoch + 1):
@@ -458,15 +455,7 @@ class Experiment:
         if _rank() == 0:
             if not os.path.isfile(self.config_path):
                 _write(self.config_path, f'{self!r}\n'.encode())
-            state = self._state or self.state_dict()
-            buffer = io.BytesIO()  # as a `torch.save` into a file that is interrupted can abort the process
-            try:
-                torch.save(state, buffer)
-            except RuntimeError as error:  # which torch can make of an interrupt
-                if isinstance(error.__context__, KeyboardInterrupt):
-                    raise error.__context__ from None
-                raise
-            _write(path or self.checkpoint_path, buffer.getbuffer())
+            _write(path or self.checkpoint_path, _as_bytes(self._state or self.state_dict()))
             if self.epoch < 2:  # lest a training ends with what can't be read
                 _read(self, path or self.checkpoint_path)
         self._saved = self.epoch if path is None else self._saved
@@ -600,8 +589,8 @@ def _call(exp, callback):
     """On one process; the others wait for it, and follow in what it has changed."""
     if callback is not None:
         _rank() or callback(exp)
-        exp._stopped = _from_all(exp._stopped)[0]
         _follow_first(exp)
+    exp._stopped = _from_all(exp._stopped)[0]
 
 
 def _fall_back(exp, error):
@@ -840,8 +829,8 @@ def _kept(value):
 def _flat(summary):
     """A summary as a dict of plain numbers and lists; of an odd one, an empty dict."""
     if isinstance(summary, dict):
-        return {name: value.tolist() if isinstance(value, torch.Tensor) and value.numel() != 1 else
-                value.item() if isinstance(value, torch.Tensor) else value for name, value in summary.items()}
+        values = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in summary.items()}
+        return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in values.items()}
     return {'loss': float(summary)} if isinstance(summary, (int, float)) or getattr(summary, 'ndim', 1) == 0 else {}
 
 
@@ -901,6 +890,15 @@ def _device_of(net):
         return torch.device(net.device)  # where it says it is
     tensors = itertools.chain(nn.Module.named_parameters(net), net.named_buffers())
     return next((tensor.device for _, tensor in tensors), torch.device('cpu'))
+
+
+def _moved(net, name):
+    """Moves a network to the device of that name, if there is one. Returns where it is."""
+    if name is not None:
+        net.to(find_device(name))
+        if 'device' in vars(net):
+            net.device = find_device(name)
+    return _device_of(net)
 
 
 def _unwrapped(net):
@@ -1124,6 +1122,17 @@ def _write(path, data):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def _as_bytes(state):
+    """What `torch.save` writes. Into a file it would write on after an interrupt, and could abort the process."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(state, buffer)
+    except RuntimeError as error:  # which torch can make of an interrupt
+        interrupted = isinstance(error.__context__, KeyboardInterrupt)
+        raise (error.__context__ if interrupted else error) from None
+    return buffer.getbuffer()
 
 
 def load_checkpoint(path, device='cpu', keys=KEYS):
