@@ -1807,6 +1807,7 @@ def test_settings_of_what_is_also_saved_are_compared(tmp_path):
     exp = second_optimizer(tmp_path, lr=1e-2, allow=('D', 'cycle'))
     assert exp.epoch == 1 and exp.also_save['D'].param_groups[0]['max_lr'] == 1e-2
     assert same(exp.also_save['D'].state_dict()['state'], momenta)
+    assert exp.also_save['cycle'].last_epoch == 0  # begins as it is given
 
 
 def test_something_can_be_saved_from_now_on(tmp_path):
