@@ -217,7 +217,7 @@ class Experiment:
     allow: tuple = ()  # settings that may differ from the checkpoint's: ``('Optimizer', 'Scheduler')``
 
     # For subclasses of 2019, which need not call __init__. (_state: what a run that was left goes back to.)
-    train_loader = val_loader = _scheduler = _saved = _untrained = _state = None
+    train_loader = val_loader = _scheduler = _saved = _written = _untrained = _state = None
     batch, _seconds, _stopped, _checked, _scaler = 0, (), False, False, torch.amp.GradScaler(enabled=False)
 
     def __post_init__(self, scheduler):
@@ -458,12 +458,14 @@ class Experiment:
             _write(path or self.checkpoint_path, _as_bytes(self._state or self.state_dict()))
             if self.epoch < 2:  # lest a training ends with what can't be read
                 _read(self, path or self.checkpoint_path)
-        self._saved = self.epoch if path is None else self._saved
+        if path is None:
+            self._saved, self._written = self.epoch, _written(self.checkpoint_path)
 
     def load(self, path=None):
         """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read."""
+        written = _written(self.checkpoint_path)
         _take(self, _read(self, path or self.checkpoint_path))
-        self._saved = None
+        self._saved, self._written = None, written
         _put_aside_stale_best(self)
 
     def load_best(self):
@@ -496,6 +498,7 @@ def _items(exp):
 
 def _open(exp):
     """Goes on from the checkpoint in the folder, if its settings agree, or writes the first one."""
+    exp._written = _written(exp.checkpoint_path)
     stored = _read(exp, exp.checkpoint_path) if _from_all(os.path.isfile(exp.checkpoint_path))[0] else {}
     stored = stored if stored.get('History', stored) else {}  # of no epoch: what is given now counts
     old = (stored.get('Setting') or _settings_of_config(exp.config_path)) if stored else {}
@@ -560,6 +563,7 @@ def _begin(exp, num_epochs):
     exp._stopped, exp._checked, exp.batch = False, False, 0
     exp.net.eval()
     if exp.epoch < num_epochs:
+        _refuse_to_overwrite(exp)
         _put_aside_stale_best(exp)
         if exp.perform_validation_during_training:
             _try_last_batch(exp)
@@ -771,7 +775,7 @@ def _plain(value):
         return value.item()
     text = value if isinstance(value, str) else _text(value)
     text = re.sub(r' at 0x\w+', '', re.sub(r'<\S*?(\w+) object at 0x\w+>', r'<\1 object>', text))
-    return ' '.join(re.sub(r'(?<![\w.])(?:[A-Za-z]:|\.{1,2})?[\\/]+(?:[^\\/\s\'"(),]+[\\/]+)*', '', text).split())
+    return ' '.join(re.sub(r'(?<![\w.])(?:[A-Za-z]:|\.{1,2}|~)?[\\/]+(?:[^\\/\s\'"(),]+[\\/]+)*', '', text).split())
 
 
 def _text(value):
@@ -1122,6 +1126,20 @@ def _write(path, data):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def _written(path):
+    """Which file it is, by number and time, as each checkpoint is a new one; None if there is none."""
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_ino, os.stat(path).st_mtime_ns
+
+
+def _refuse_to_overwrite(exp):
+    """What another experiment has trained in this folder since this one wrote or read the checkpoint."""
+    if _rank() == 0 and exp._written and _written(exp.checkpoint_path) not in (exp._written, None):
+        if (epoch := len(_read(exp, exp.checkpoint_path).get('History', ()))) > exp.epoch:
+            raise RuntimeError(f'{exp.checkpoint_path} is now of epoch {epoch}, trained by another experiment; this one is at '
+                               f'{exp.epoch}: call load() to go on from there, or give another output_dir')
 
 
 def _as_bytes(state):

@@ -857,6 +857,7 @@ def test_20_attributes_that_are_set_too_late(tmp_path, method):
     ("Faces('C:\\Users\\ann\\faces')", "Faces('/home/ann/faces')"),
     ("Faces('C:\\\\Users\\\\ann\\\\faces')", "Faces('/home/ann/faces')"),
     ("Faces(PosixPath('/home/ann/faces'))", "Faces(PosixPath('/root/faces'))"),
+    ("Faces('~/faces')", "Faces('faces')"),
 ])
 def test_21_the_folder_of_another_machine_is_no_conflict(tmp_path, here, there):
     make(tmp_path, train=Told(here)).run(1)
@@ -1959,6 +1960,30 @@ def test_a_frozen_network_can_be_evaluated(tmp_path):
     adam = torch.optim.Adam(net.parameters())
     net.requires_grad_(False)
     assert make(tmp_path, net, optimizer=adam).evaluate()
+
+
+def test_what_another_experiment_has_trained_is_not_overwritten(tmp_path):
+    """Two of them in one program, as when a cell is run again: no lock keeps them apart."""
+    first = make(tmp_path)
+    first.run(1)
+    make(tmp_path).run(3)
+    saved = content(tmp_path)
+    with pytest.raises(RuntimeError, match='now of epoch 3, trained by another experiment; this one is at 1: call load'):
+        first.run(2)
+    assert content(tmp_path) == saved and first.epoch == 1
+    first.load()
+    first.run(4)
+    assert same(end(make(tmp_path)), end(first)) and first.epoch == 4
+
+
+def test_an_earlier_epoch_may_be_taken_on_purpose(tmp_path):
+    exp = make(tmp_path, best_by='loss')
+    exp.run(1)
+    exp.save(str(tmp_path / 'early'))
+    exp.run(3)
+    exp.load(str(tmp_path / 'early'))
+    exp.run(2)
+    assert make(tmp_path).epoch == 2
 
 
 if __name__ == '__main__':
