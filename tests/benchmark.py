@@ -102,7 +102,7 @@ def spread(values, pattern='{:+.1f}'):
 
 
 def compare_epochs(name, net, data, batch_size, repeats, aim):
-    """An epoch of `Experiment` (its checkpoint apart, which has a row of its own), the bare loop over
+    """An epoch of `Experiment` (its checkpoint apart, which has a row of its own; the second of a run), the bare loop over
     the same batches, and that once more: how far two measurements of the same thing differ."""
     loader = td.DataLoader(data, batch_size, shuffle=True, drop_last=True)
 
@@ -123,8 +123,8 @@ def compare_epochs(name, net, data, batch_size, repeats, aim):
                           tempfile.mkdtemp(dir=folder), batch_size)
 
             def epoch():
-                quietly(exp.run, exp.epoch + 1)
-                return exp.table()[-1]['seconds']  # without the checkpoint
+                quietly(exp.run, exp.epoch + 2)
+                return exp.table()[-1]['seconds']  # without the checkpoint, and what a run checks at its first batch
 
             return [*(functools.partial(timed, bare, n, adam) for n, adam in zip(nets[:2], adams)), epoch]
 
