@@ -70,7 +70,7 @@ lint: $(READY)
 # Every output with BSDS300 at hand; without it, only what does not depend on the photographs.
 nbval: $(READY)
 	@if $(bsds300_is_here); then \
-	  echo 'nbval: strict, BSDS300 is at hand: every output is compared with the stored one.'; \
+	  echo 'nbval: strict, BSDS300 is at hand: outputs are compared with the stored ones.'; \
 	  $(headless) -m pytest --nbval $(NOTEBOOK); \
 	else \
 	  echo 'nbval: lax, no BSDS300 here: all cells must run, only marked outputs are compared.'; \

@@ -3,7 +3,7 @@
 In the order of the notebook ``Assignment4.ipynb``. Images are tensors (channels, height, width)
 with values in [-1, 1]; noise levels ``sigma`` are on the usual scale 0..255.
 
-    python -m denoising_utils --help      # train, ablation, evaluate, levels, denoise, fetch
+    python -m denoising_utils --help      # train, ablation, evaluate, levels, bm3d, denoise, example, fetch
 """
 import argparse
 import contextlib
@@ -11,6 +11,7 @@ import copy
 import csv
 import ctypes
 import dataclasses
+import errno
 import getpass
 import hashlib
 import http.client
@@ -34,7 +35,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 import torch.utils.data as td
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from scipy import stats
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -72,7 +73,8 @@ def find_photographs(root=None):
 
     It is ``root`` if given, else the environment variable ``BSDS300``, else ``BSDS300/images``
     beside this file, which is downloaded from Berkeley and checked if it is not there. If Berkeley
-    can't be reached, `sample_photographs` stand in; `describe_photographs` tells which it is.
+    can't be reached, this folder not be written, or the list of checksums in ``checkpoints/`` is missing,
+    `sample_photographs` stand in; `describe_photographs` tells which it is.
 
     Raises FileNotFoundError if the folder named by ``root`` or ``BSDS300`` has no photographs, and
     OSError if the download is damaged.
@@ -88,7 +90,9 @@ def find_photographs(root=None):
         return folder
     try:
         return fetch()
-    except (ConnectionError, PermissionError):
+    except OSError as error:
+        if not isinstance(error, (ConnectionError, PermissionError)) and error.errno not in (errno.EROFS, errno.ENOENT):
+            raise
         return sample_photographs()
 
 
@@ -100,6 +104,8 @@ def describe_photographs(folder):
     try:
         check_photographs(folder)
         return True, f'BSDS300: {counts}, all checksums right'
+    except FileNotFoundError:
+        return False, f'not known to be BSDS300, as {MANIFEST} is missing: {counts}'
     except OSError:
         return False, f'NOT BSDS300, but other images: {counts}'
 
@@ -109,8 +115,10 @@ def fetch(destination=None):
     checks each of its 300 photographs. Returns the folder that holds ``train/`` and ``test/``.
 
     The folder appears only when it is complete. Raises ConnectionError if Berkeley can't be reached,
-    and OSError if what comes is damaged or is not BSDS300.
+    FileNotFoundError if the list of its checksums is missing, and OSError if what comes is damaged or
+    is not BSDS300.
     """
+    _manifest()  # before the download
     destination = Path(destination or HERE / 'BSDS300')
     if (destination / 'images').is_dir():
         check_photographs(destination / 'images')
@@ -129,12 +137,18 @@ def fetch(destination=None):
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise OSError(f'the download of {BSDS_URL} is damaged ({error}). {advice}') from error
         check_photographs(images, advice)
-        os.replace(images, destination / 'images')
+        try:
+            os.replace(images, destination / 'images')
+        except OSError:
+            if not (destination / 'images').is_dir():  # or another process was quicker
+                raise
     return destination / 'images'
 
 
 def _manifest():
     """The photographs of BSDS300: a dict of ``train/NAME`` or ``test/NAME`` to SHA-256."""
+    if not MANIFEST.is_file():
+        raise FileNotFoundError(errno.ENOENT, 'BSDS300 can\'t be checked without its list of checksums', str(MANIFEST))
     lines = MANIFEST.read_text(encoding='utf-8').splitlines()
     return {name: digest for digest, name in map(str.split, lines)}
 
@@ -224,12 +238,9 @@ def _image_files(folder):
 
 
 def read_photograph(file):
-    """A photograph as a tensor (3, height, width) of bytes. Raises ValueError, naming the file."""
-    try:
-        with Image.open(file) as image:
-            return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1).contiguous()
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f'{file} is not a readable image ({error})') from error
+    """A photograph, see `read_image`, as a tensor (3, height, width) of bytes. Raises ValueError, naming the file."""
+    pixels = read_image(file).pixels
+    return (pixels if pixels.dtype == torch.uint8 else to_integers(to_floats(pixels))).expand(3, -1, -1).contiguous()
 
 
 class NoisyBSDSDataset(td.Dataset):
@@ -283,7 +294,8 @@ class NoisyBSDSDataset(td.Dataset):
         if not self.files:
             raise FileNotFoundError(f'there is no image in {folder}')
         if subset is not None:
-            if not all(0 <= k < len(self.files) for k in subset):
+            subset = subset if isinstance(subset, range) else [*subset]
+            if not subset or not all(0 <= k < len(self.files) for k in subset):
                 raise ValueError(f'subset must be positions from 0 to {len(self.files) - 1} of the photographs in '
                                  f'{folder}, got {subset!r}')
             self.files = [self.files[k] for k in subset]
@@ -361,8 +373,8 @@ def _changed(image, size, saturation, contrast):
 
 
 def to_floats(values):
-    """The integers of an image file (uint8 or uint16) as floats in [-1, 1]; floats as they are."""
-    return values if values.is_floating_point() else values.float().div_(torch.iinfo(values.dtype).max / 2).sub_(1)
+    """The integers of an image file (uint8 or uint16) as floats in [-1, 1]; floats as float32."""
+    return values.float() if values.is_floating_point() else values.float().div_(torch.iinfo(values.dtype).max / 2).sub_(1)
 
 
 def to_integers(image, dtype=torch.uint8):
@@ -632,15 +644,18 @@ def load_network(name, folder=None, device='cpu'):
 
     ``name`` begins with that of the network; ``_course`` after it stands for the course's batch norm
     (``'dncnn'``, ``'dncnn_14'``, ``'dncnn_course_assignment'``). Returns the network, in evaluation mode, and a
-    list as `nntools.Experiment.history` has. Raises RuntimeError if there is no checkpoint or it can't
-    be read.
+    list as `nntools.Experiment.history` has. Raises RuntimeError if there is no checkpoint, it can't
+    be read, or is known to be of another network.
     """
     network, *options = name.split('_')
     checkpoint = nt.load_checkpoint(str(Path(folder or HERE / 'checkpoints' / name) / 'checkpoint.pth.tar'), device)
-    state = checkpoint['Net']
+    state, setting = checkpoint['Net'], checkpoint.get('Setting', {})
+    course = 'course' in options or 'eps=1e-05' not in setting.get('Net: bn.0', 'eps=1e-05')
     D = sum(key.startswith('conv') and key.endswith('weight') for key in state) - 2
     net = make_network(network, D, C=len(state['conv.0.bias']), channels=len(state[f'conv.{D + 1}.bias']),
-                       batch_norm='none' if 'bn.0.weight' not in state else 'course' if 'course' in options else 'usual')
+                       batch_norm='none' if 'bn.0.weight' not in state else 'course' if course else 'usual')
+    if setting.get('Net', type(net).__name__) != type(net).__name__:
+        raise RuntimeError(f'{folder or name} holds a {setting["Net"]}, not a {type(net).__name__}')
     net.load_state_dict(state)
     return net.to(device).eval(), checkpoint['History']
 
@@ -675,7 +690,7 @@ class DenoisingStatsManager(nt.StatsManager):
 def myimshow(image, ax=plt):
     """Shows a tensor (channels, height, width) in [-1, 1], clipped to it. Returns matplotlib's image."""
     image = ((image.detach().cpu().float() + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
-    handle = ax.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap='gray')
+    handle = ax.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap='gray', vmin=0, vmax=1)
     ax.axis('off')
     return handle
 
@@ -684,8 +699,8 @@ def plot(exp, fig, axes, noisy, visu_rate=2, clean=None):
     """Draws the state of a training: to be called by ``exp.run(plot=lambda exp: plot(exp, ...))``.
 
     ``axes`` is an array of 2x2: the noisy image, the same denoised, the loss and the PSNR of each
-    epoch (training, and validation if there is one). Drawn every ``visu_rate`` epochs and at the
-    end. The figure changes in place in every kind of notebook, and in a window outside of one.
+    epoch (training, and validation if there is one). Drawn before the first epoch and after every
+    ``visu_rate``-th. The figure changes in place in every kind of notebook, and in a window outside of one.
 
     ``noisy`` is (channels, height, width); with ``clean`` the titles give the PSNR.
     """
@@ -808,7 +823,7 @@ def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32):
 
 def half_precision(device):
     """The `torch.dtype` in which layers compute fastest on ``device``: half precision where it has
-    instructions for it. In 8 bits that changes one value in seven, by one."""
+    instructions for it. In 8 bits that changes about one value in five to eight, nearly always by one."""
     if device.type == 'cuda':
         return torch.float16
     abilities = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
@@ -871,8 +886,7 @@ def denoise_file(net, source, target, *, strength=1.0, precision=torch.float32, 
     source, target = Path(source), Path(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f'{target} is the file to read: choose another name for the result')
-    if target.exists() and not force:
-        raise FileExistsError(f'{target} exists already: choose another name for the result, or force it to be replaced')
+    _check_new(target, force)
     image = read_image(source)
     _check_target(image, target)
     before = noise_level(image.pixels)
@@ -895,7 +909,7 @@ def read_image(file):
 
     A camera's rotation mark (EXIF) is applied, and left out of the EXIF of the result. Palettes, CMYK
     and other models of colour become RGB. 16 bits are kept in grey files and in TIFF; of other colours
-    of 16 bits Pillow reads 8, and a warning says so.
+    of 16 bits Pillow reads 8, and a warning says so (but for PPM). An EXIF that is damaged is left out, with a warning.
 
     Raises ValueError, naming the file and why, if it can't be read as one still image.
     """
@@ -904,25 +918,26 @@ def read_image(file):
     try:
         with Image.open(file) as image:
             frames = 1 if image.format == 'MPO' else getattr(image, 'n_frames', 1)  # MPO: a camera's, with previews
-            if frames > 1:
-                raise ValueError(f'{file} has {frames} frames or pages: save the one to denoise as a file of its own')
-            deep = image.mode in ('RGB', 'RGBA') and ';16' in str(image.tile)
-            deep_tiff = deep and image.format == 'TIFF' and image.mode == 'RGB' and not image.getexif().get(ORIENTATION, 1) > 1
+            deep = image.mode[0] not in 'IF' and (
+                max(image.tag_v2.get(BITS_PER_SAMPLE, [8])) > 8 if image.format == 'TIFF' else ';16' in str(image.tile))
+            upright = image.getexif().get(ORIENTATION, 1) == 1
             ImageOps.exif_transpose(image, in_place=True)
-            exif = image.getexif()
-            for tag in [tag for tag in exif if tag < 700 and tag not in DESCRIPTIVE or tag == ICC_PROFILE]:
-                del exif[tag]
-            result = ImageFile(None, exif=exif.tobytes())
+            result = ImageFile(None, exif=_descriptive_exif(image, file))
             result.icc_profile = image.info.get('icc_profile') if image.mode != 'CMYK' else None  # it will be RGB
-            if deep_tiff:
-                result.pixels = _pixels(tifffile.imread(file))
-                return result
+            if frames == 1 and deep and image.format == 'TIFF' and image.mode == 'RGB' and upright:
+                with contextlib.suppress(ValueError):  # of a compression that needs one more package
+                    result.pixels = _pixels(_read_tiff(file))
+                    return result
+            image.load()
     except FileNotFoundError:
         raise ValueError(f'there is no file {file}') from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of a damaged file it can be any
         raise ValueError(f'{file} is not a readable image ({error})') from error
+    if frames > 1:
+        raise ValueError(f'{file} has {frames} frames or pages: save the one to denoise as a file of its own')
     if deep:
-        warnings.warn(f'{file} has colours of 16 bits, of which 8 were read: TIFF that is upright and opaque keeps them', stacklevel=2)
+        warnings.warn(f'{file} has colours of 16 bits, of which 8 were read: TIFF that is upright and opaque, and not '
+                      'compressed by LZW, keeps them', stacklevel=2)
     if image.mode == 'F' or image.mode == 'I' and not all(0 <= value <= 65535 for value in image.getextrema()):
         raise ValueError(f'{file} has values of 32 bits, whose range is unknown: save it with 8 or 16 bits')
     if image.mode[0] != 'I' and image.has_transparency_data:
@@ -931,6 +946,28 @@ def read_image(file):
         image = image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB')
     result.pixels = _pixels(np.array(image))
     return result
+
+
+def _read_tiff(file):
+    """The pixels of a TIFF in colour, (height, width, 3), whichever way they are stored."""
+    with tifffile.TiffFile(file) as tiff:
+        values = tiff.pages[0].asarray()
+        return np.moveaxis(values, 0, -1) if tiff.pages[0].planarconfig == tifffile.PLANARCONFIG.SEPARATE else values
+
+
+def _descriptive_exif(image, file):
+    """The EXIF of a Pillow image, without the tags that tell how its pixels are stored."""
+    try:
+        exif = image.getexif()
+        for tag in [tag for tag in exif if tag < 700 and tag not in DESCRIPTIVE or tag == ICC_PROFILE]:
+            del exif[tag]
+        for tag, text in exif.items():
+            if isinstance(text, str):  # which Pillow has decoded by Latin-1, and would encode by ASCII
+                exif[tag] = text.encode('latin-1')
+        return exif.tobytes()
+    except Exception as error:  # of values of another type than their tag has, it can be any
+        warnings.warn(f'{file} has an EXIF that is damaged ({error}), and left out', stacklevel=3)
+        return b''
 
 
 def write_image(image, target):
@@ -951,7 +988,7 @@ def write_image(image, target):
         if deep and len(pixels) == 3:
             exif = Image.Exif()
             exif.load(image.exif)
-            tags = [(tag, 's', 0, text, True) for tag, text in exif.items() if isinstance(text, str)]
+            tags = [(tag, 's', 0, text.encode('latin-1'), True) for tag, text in exif.items() if isinstance(text, str)]
             if image.icc_profile:
                 tags.append((int(ICC_PROFILE), 'B', len(image.icc_profile), image.icc_profile, True))
             tifffile.imwrite(file, values, photometric='rgb', software=False, metadata=None, extratags=tags)
@@ -968,6 +1005,7 @@ DESCRIPTIVE = {ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base
                ExifTags.Base.XResolution, ExifTags.Base.YResolution, ExifTags.Base.ResolutionUnit,
                ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.HostComputer}
 ORIENTATION, ICC_PROFILE = ExifTags.Base.Orientation, ExifTags.Base.InterColorProfile
+BITS_PER_SAMPLE = ExifTags.Base.BitsPerSample
 
 
 def _pixels(values):
@@ -980,6 +1018,11 @@ def _options(image, kind):
     """The options of `PIL.Image.Image.save` for an `ImageFile`."""
     return {'exif': image.exif, 'icc_profile': image.icc_profile, 'quality': 95} | (
         {'subsampling': 0} if kind == 'JPEG' else {})
+
+
+def _check_new(target, force):
+    if target.exists() and not force:
+        raise FileExistsError(f'{target} exists already: choose another name for the result, or force it to be replaced')
 
 
 def _check_target(image, target):
@@ -1015,10 +1058,18 @@ def benchmark_pairs(root_dir, sigma=30, size=320, seed=123, mode='test', subset=
 
 def benchmark(denoise, pairs):
     """Scores ``denoise(noisy)`` on each of the ``pairs``: a dict of arrays, one value an image:
-    ``psnr`` in dB, ``ssim`` (of scikit-image, at its defaults) and ``seconds``."""
+    ``psnr`` in dB, ``ssim`` (of scikit-image, at its defaults) and ``seconds``. ``denoise`` is a function
+    on the CPU, or a network on any device, which is used in evaluation mode."""
     from skimage.metrics import structural_similarity
 
-    rows = []
+    rows, net = [], denoise
+    if isinstance(net, nn.Module):
+        training, device = net.training, next(net.parameters()).device
+        net.eval()
+
+        def denoise(noisy):
+            return net(noisy.to(device)).cpu()
+
     with torch.inference_mode():
         for noisy, clean in pairs:
             start = time.perf_counter()
@@ -1027,6 +1078,8 @@ def benchmark(denoise, pairs):
             y, d = denoised[0].cpu().numpy(), clean[0].numpy()
             rows.append((psnr(denoised, clean).item(),
                          structural_similarity(y, d, channel_axis=0, data_range=2), seconds))
+    if isinstance(net, nn.Module):
+        net.train(training)
     return dict(zip(('psnr', 'ssim', 'seconds'), np.array(rows).T))
 
 
@@ -1034,9 +1087,15 @@ def benchmark(denoise, pairs):
 
 HELD_OUT = range(0, 200, 10)  # of the training photographs of BSDS300: what recipes are chosen on
 COLUMNS = ('network', 'seed', 'set', 'photograph', 'psnr')  # of a file of scores
+CBSD68 = [*range(22), *range(23, 69)]  # the test photographs of BSDS300 that are CBSD68, as the folder in cszn/IRCNN has it
 ARMS = {  # of the ablation: the class of each network, and D
     'dncnn': ('dncnn', 6), 'skips': ('skips', 6), 'dilation': ('dilation', 6), 'dudncnn': ('dudncnn', 6),
     'pooling': ('pooling', 6), 'udncnn': ('udncnn', 6), 'dncnn14': ('dncnn', 14)}
+
+
+def test_at(sigma):
+    """What the scores on the test photographs are called in a file of scores: ``'test'``, if at the usual level."""
+    return 'test' if sigma == 30 else f'test, sigma {sigma:g}'
 
 
 def scores_as_rows(network, seed, which, values):
@@ -1047,15 +1106,24 @@ def scores_as_rows(network, seed, which, values):
 
 def write_scores(file, rows):
     """Writes rows of `COLUMNS` to a file of scores (CSV), in place of those of the same network, seed and
-    set; all or nothing."""
+    set; all or nothing. Raises ValueError if the file is another one."""
     renewed = {tuple(row[:3]) for row in rows}
     if Path(file).exists():
         with open(file, newline='') as stream:
-            rows = [row for row in list(csv.reader(stream))[1:] if tuple(row[:3]) not in renewed] + rows
+            header, *old = [*csv.reader(stream)] or [COLUMNS]
+        if tuple(header) != COLUMNS:
+            raise ValueError(f'{file} is not a file of scores, whose first line is {",".join(COLUMNS)}: name another one')
+        rows = [row for row in old if tuple(row[:3]) not in renewed] + rows
     temporary = Path(f'{file}.tmp')
     with open(temporary, 'w', newline='') as stream:
         csv.writer(stream, lineterminator='\n').writerows([COLUMNS, *rows])
     os.replace(temporary, file)
+
+
+def _check_scores(file, root):
+    """Raises ValueError before scores of other photographs than BSDS300 get among the committed ones."""
+    if file and Path(file).resolve().parent == HERE / 'checkpoints' and not describe_photographs(root)[0]:
+        raise ValueError(f'{file} is for scores on BSDS300, and {root} is not: name another file with --scores')
 
 
 def read_scores(file, which):
@@ -1140,9 +1208,14 @@ def make_experiment(args):
 
     ``args``: the options of ``python -m denoising_utils train``, see `parse`.
     """
+    if args.epochs < 1:
+        raise ValueError(f'--epochs must be 1 or more, got {args.epochs}')
     torch.manual_seed(args.seed)
     if args.start:
-        net = load_network(args.net, args.start)[0]
+        folder = Path(args.start)
+        net = load_network(folder.name if folder.name.split('_')[0] in NETWORKS else args.net, folder)[0]
+        if type(net) is not (NETWORKS | ABLATED)[args.net]:
+            raise ValueError(f'--start {folder} holds a {type(net).__name__}: name it with --net')
         net = fold_batch_norm(net) if args.batch_norm == 'none' else net
     else:
         net = make_network(args.net, args.D, C=args.C, he_init=args.he_init, batch_norm=args.batch_norm,
@@ -1151,7 +1224,10 @@ def make_experiment(args):
     root = find_photographs(args.data)
     photographs = {mode: len(_image_files(root / mode)) for mode in ('train', 'test')}
     subset = [k for k in range(photographs['train']) if k not in HELD_OUT] if args.hold_out else None
-    options = dict(sigma=args.sigma[0] if len(args.sigma) == 1 else args.sigma, clip=args.clip, jitter=args.jitter)
+    if args.hold_out and photographs['train'] <= HELD_OUT[-1]:
+        raise ValueError(f'--hold-out needs the 200 training photographs of BSDS300, and {root} has {photographs["train"]}')
+    sigma = [int(level) if level == int(level) else level for level in args.sigma]  # 30.0 is 30, also in words
+    options = dict(sigma=sigma[0] if len(sigma) == 1 else sigma, clip=args.clip, jitter=args.jitter)
     train_set = NoisyBSDSDataset(root, 'train', args.size, subset=subset, crops=args.crops,
                                  augment=not args.no_augment, **options)
     if args.hold_out:
@@ -1159,18 +1235,28 @@ def make_experiment(args):
     else:
         val_set = NoisyBSDSDataset(root, 'test', 96, subset=range(0, photographs['test'], 5), **options)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    scheduler = None if args.constant_rate else torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: learning_rate(epoch, args.epochs, args.warm_up))
+    scheduler = None if args.constant_rate else torch.optim.lr_scheduler.LambdaLR(optimizer, Cosine(args.epochs, args.warm_up))
     return nt.Experiment(
         net, train_set, val_set, optimizer, DenoisingStatsManager(), batch_size=args.batch,
         output_dir=args.out or f'experiments/{args.net}', perform_validation_during_training=True,
-        seed=args.seed, scheduler=scheduler, grad_clip=args.grad_clip, precision=args.precision)
+        seed=args.seed, scheduler=scheduler, grad_clip=args.grad_clip, precision=args.precision, allow=args.allow)
 
 
 def learning_rate(epoch, epochs, warm_up=0.1):
     """The learning rate in units of its peak, in epoch 0, 1, ... of ``epochs``: linear for the share
     ``warm_up`` of them, and a cosine to 0."""
     return min((epoch + 1) / max(1, warm_up * epochs), (1 + math.cos(math.pi * epoch / epochs)) / 2)
+
+
+@dataclasses.dataclass
+class Cosine:
+    """`learning_rate` as a function of the epoch alone. (An object, as a checkpoint keeps what is in it,
+    so that a training isn't continued with another length by mistake.)"""
+    epochs: int
+    warm_up: float
+
+    def __call__(self, epoch):
+        return learning_rate(epoch, self.epochs, self.warm_up)
 
 
 def train(args):
@@ -1244,9 +1330,11 @@ def train_arm(arm, seed, args):
 def evaluate(args):
     """Prints the table of results of the trained networks, mean over their seeds, as Markdown."""
     root = find_photographs(args.data)
-    print(f'Test images: {describe_photographs(root)[1]}; sigma = {args.sigma}.\n')
-    print('| network | parameters | receptive field | PSNR (dB) | of each seed | SSIM | s / image |')
-    print('|---|---|---|---|---|---|---|')
+    _check_scores(args.scores, root)
+    is_bsds300, description = describe_photographs(root)
+    print(f'Test images: {description}; sigma = {args.sigma}.\n')
+    print('| network | parameters | receptive field | PSNR (dB) | of each seed | on CBSD68 | SSIM | s / image |')
+    print('|---|---|---|---|---|---|---|---|')
     for name in args.nets:
         runs = []
         for folder in [Path(args.checkpoints) / name, *sorted(Path(args.checkpoints).glob(f'{name}_seed*'))]:
@@ -1255,22 +1343,25 @@ def evaluate(args):
             runs.append(benchmark(denoise, benchmark_pairs(root, args.sigma)))
             if args.scores:
                 seed = folder.name.partition('_seed')[2] or 0
-                write_scores(args.scores, scores_as_rows(name, seed, 'test', runs[-1]['psnr']))
+                label = name + '_ensemble' * args.self_ensemble
+                write_scores(args.scores, scores_as_rows(label, seed, test_at(args.sigma), runs[-1]['psnr']))
         psnr, ssim, seconds = (np.array([run[key] for run in runs]) for key in ('psnr', 'ssim', 'seconds'))
         error = psnr.mean(axis=0).std(ddof=1) / math.sqrt(psnr.shape[1])
         title = (f'{type(net).__name__}({net.D}), {len(history)} epochs'
                  + ", course's batch norm" * ('_course' in name) + ", the assignment's recipe" * name.endswith('_assignment')
                  + ', self-ensemble' * args.self_ensemble)
         print(f'| {title} | {count_parameters(net):,} | {net.receptive_field} | {psnr.mean():.2f} ± {error:.2f} | '
-              f'{", ".join(f"{value:.2f}" for value in psnr.mean(axis=1))} | {ssim.mean():.3f} | '
-              f'{seconds.mean():.2f} |', flush=True)
+              f'{", ".join(f"{value:.2f}" for value in psnr.mean(axis=1))} | '
+              f'{f"{psnr[:, CBSD68].mean():.2f}" if is_bsds300 else ""} | {ssim.mean():.3f} | {seconds.mean():.2f} |', flush=True)
 
 
 def levels(args):
     """Prints the PSNR by level of noise, not clipped and in 8-bit files, beside FFDNet's; --retest measures it."""
     if args.retest:
+        root = find_photographs(args.data)
+        _check_scores(args.scores, root)
         for name in args.nets:
-            write_scores(args.scores, score_levels(name, find_photographs(args.data)))
+            write_scores(args.scores, score_levels(name, root))
     for clip in (False, True):
         print('| PSNR (dB), ' + ('clipped to 8 bits' if clip else 'not clipped') + ''.join(f' | σ = {sigma}' for sigma in LEVELS) + ' |')
         print('|---' * (len(LEVELS) + 1) + '|')
@@ -1287,8 +1378,10 @@ def bm3d(args):
         image = ((noisy[0] + 1) / 2).permute(1, 2, 0).double().numpy()
         return torch.from_numpy(package.bm3d_rgb(image, args.sigma / 255)).permute(2, 0, 1)[None].float() * 2 - 1
 
-    scores = benchmark(denoise, benchmark_pairs(find_photographs(args.data), args.sigma))
-    write_scores(args.scores, scores_as_rows('bm3d', 0, 'test', scores['psnr']))
+    root = find_photographs(args.data)
+    _check_scores(args.scores, root)
+    scores = benchmark(denoise, benchmark_pairs(root, args.sigma))
+    write_scores(args.scores, scores_as_rows('bm3d', 0, test_at(args.sigma), scores['psnr']))
     print(f'BM3D: {scores["psnr"].mean():.2f} dB, SSIM {scores["ssim"].mean():.3f}, '
           f'{scores["seconds"].mean():.1f} s / image')
 
@@ -1315,9 +1408,11 @@ def example(args):
     """Makes the picture in the README: a photograph of scikit-image (CC0) with noise, and denoised."""
     from skimage import data
 
+    _check_new(args.target, args.force)
     clean = to_floats(_pixels(data.coffee()[60:320, 130:470]))
     torch.manual_seed(0)
     noisy = to_integers(clean + 2 * args.sigma / 255 * torch.randn(clean.shape))
+    _check_target(ImageFile(noisy), args.target)
     denoised = denoise_image(load_network('dudncnn_blind')[0], noisy)
     write_image(ImageFile(torch.cat([noisy, denoised], 2)), args.target)
     before, after = (psnr(to_floats(image)[None], clean[None]).item() for image in (noisy, denoised))
@@ -1329,6 +1424,9 @@ def name_results(args):
     """The files to read and to write of the command ``denoise``: a list of pairs. Raises ValueError."""
     if args.sigma is not None and (args.net.endswith('_blind') or not args.sigma > 0):
         raise ValueError('--sigma is for networks of one level, and above 0: dudncnn_blind finds the level itself')
+    if args.sigma is not None and args.sigma < 30:
+        raise ValueError(f'--sigma must be 30, on which these networks were trained, or more, got {args.sigma:g}: '
+                         'take dudncnn_blind, which finds the level itself')
     if not 0 <= args.strength <= 1:
         raise ValueError(f'--strength must be from 0 to 1, got {args.strength}')
     if args.to is None:
@@ -1345,7 +1443,7 @@ def name_results(args):
 def parse(words=None):
     """The options of the command line. Each command's are explained by ``COMMAND --help``."""
     parser = argparse.ArgumentParser(prog='denoising_utils', description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(required=True, metavar='train | ablation | evaluate | levels | bm3d | denoise | fetch')
+    commands = parser.add_subparsers(required=True, metavar='train | ablation | evaluate | levels | bm3d | denoise | example | fetch')
 
     def command(function, **options):
         sub = commands.add_parser(function.__name__, help=function.__doc__.split('\n')[0],
@@ -1360,7 +1458,7 @@ def parse(words=None):
     add('--D', type=int, default=6, help='blocks')
     add('--C', type=int, default=64, help='features per layer')
     add('--batch-norm', choices=('usual', 'course', 'none'), default='usual', help='see DnCNN')
-    add('--start', metavar='FOLDER', help='go on from the trained network in a folder, as in checkpoints/dudncnn '
+    add('--start', metavar='FOLDER', help='begin with the trained network in a folder, of its size, as in checkpoints/dudncnn '
         '(with --batch-norm none, its batch norm becomes part of its convolutions)')
     add('--he-init', action=argparse.BooleanOptionalAction, default=True, help="He's initialisation, see DnCNN")
     add('--zero-last', action=argparse.BooleanOptionalAction, default=True, help='start as the identity')
@@ -1379,6 +1477,8 @@ def parse(words=None):
     add('--precision', choices=('float32', 'bfloat16', 'float16'), default='bfloat16', help='of training')
     add('--seed', type=int, default=0, help='of initialisation, batches and noise')
     add('--hold-out', action='store_true', help='train without every tenth photograph and test on those')
+    add('--allow', nargs='+', default=(), metavar='SETTING', help='settings that may differ from those of the checkpoint, '
+        'as its refusal names them')
     add = command(ablation)
     add('--retrain', action='store_true', help='train again (resumes), or print the stored scores')
     add('--scores', default=HERE / 'checkpoints' / 'ablation.csv', help='file of the scores')
@@ -1413,7 +1513,8 @@ def parse(words=None):
     add('--strength', type=float, default=1, help='0 leaves the image as it is, between 0 and 1 is a blend')
     add('--force', action='store_true', help='replace files that exist')
     add = command(example)
-    add('target', nargs='?', default='denoised.jpg', help='image file to write')
+    add('target', nargs='?', type=Path, default=Path('denoised.jpg'), help='image file to write')
+    add('--force', action='store_true', help='replace it if it exists')
     add('--sigma', type=float, default=30, help='noise level, 0..255')
     add = command(fetch)
     add('--destination', help='folder (default: BSDS300/ beside this file)')
@@ -1426,6 +1527,8 @@ def main(words=None):
 
 
 if __name__ == '__main__':
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='replace')  # σ, or the name of a file, where Windows has another encoding
     try:
         main()
     except (OSError, ValueError, RuntimeError) as error:

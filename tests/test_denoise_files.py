@@ -73,6 +73,28 @@ def test_16_bits_of_colours(identity, tmp_path):
         assert np.abs(np.array(result) - DEEP_COLOURS / 257).max() <= 0.51
 
 
+def test_16_bits_of_colours_stored_plane_by_plane(identity, tmp_path):
+    tifffile.imwrite(tmp_path / 'in.tif', np.moveaxis(DEEP_COLOURS, 2, 0), photometric='rgb', planarconfig='separate')
+    du.denoise_file(identity, tmp_path / 'in.tif', tmp_path / 'out.tif')
+    assert np.array_equal(tifffile.imread(tmp_path / 'out.tif'), DEEP_COLOURS)
+
+
+@pytest.mark.filterwarnings('ignore:.*of which 8 were read')
+def test_16_bits_of_colours_that_are_compressed_or_of_another_model(tmp_path, monkeypatch):
+    cmyk = np.dstack([DEEP_COLOURS, DEEP])
+    tifffile.imwrite(tmp_path / 'cmyk.tif', cmyk, photometric='separated')
+    tifffile.imwrite(tmp_path / 'lzw.tif', DEEP_COLOURS, photometric='rgb')
+
+    def needs_another_package(file):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+    monkeypatch.setattr(du, '_read_tiff', needs_another_package)
+    for name in ('cmyk.tif', 'lzw.tif'):
+        with pytest.warns(UserWarning, match=f'{name} has colours of 16 bits, of which 8 were read'):
+            assert du.read_image(tmp_path / name).pixels.dtype == torch.uint8
+    assert np.abs(du.read_image(tmp_path / 'lzw.tif').pixels.permute(1, 2, 0).numpy() - DEEP_COLOURS / 257.0).max() <= 1
+
+
 def test_16_bits_that_pillow_cuts_off_are_announced(identity, tmp_path):
     tifffile.imwrite(tmp_path / 'in.tif', DEEP_COLOURS, photometric='rgb', extratags=[(Tag.Orientation, 'H', 1, 6, True)])
     with pytest.warns(UserWarning, match='in.tif has colours of 16 bits, of which 8 were read'):
@@ -119,6 +141,25 @@ def test_damaged_exif_does_not_matter(identity, tmp_path, junk):
     Image.fromarray(COLOURS).save(tmp_path / 'in.jpg', exif=junk)
     du.denoise_file(identity, tmp_path / 'in.jpg', tmp_path / 'out.jpg')
     assert du.read_photograph(tmp_path / 'out.jpg').shape == (3, 20, 30)
+
+
+def test_exif_that_has_other_types_than_it_should(identity, tmp_path):
+    unit_as_text = b'Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x28\0\x02\0\0\0\x03in\0\0\0\0\0\0'
+    Image.fromarray(COLOURS).save(tmp_path / 'in.jpg', exif=unit_as_text)
+    with pytest.warns(UserWarning, match='in.jpg has an EXIF that is damaged .*, and left out'):
+        du.denoise_file(identity, tmp_path / 'in.jpg', tmp_path / 'out.png')
+    with Image.open(tmp_path / 'out.png') as result:
+        assert result.size == (30, 20) and not result.getexif()
+
+
+def test_texts_in_other_letters_than_those_of_english_are_kept(identity, tmp_path):
+    exif = Image.Exif()
+    exif[Tag.Artist] = 'José'.encode()
+    Image.fromarray(COLOURS).save(tmp_path / 'in.jpg', exif=exif.tobytes())
+    for suffix in ('jpg', 'png'):
+        du.denoise_file(identity, tmp_path / 'in.jpg', tmp_path / f'out.{suffix}')
+        with Image.open(tmp_path / f'out.{suffix}') as result:
+            assert result.getexif()[Tag.Artist].encode('latin-1').decode() == 'José'
 
 
 def test_jpeg_loses_little_and_a_preview_inside_is_no_animation(identity, tmp_path):
@@ -281,10 +322,21 @@ def test_one_file_and_many(command, tmp_path, capsys):
     ('in.png', 'name two files'), ('in.png b.png c.png', 'name two files'), ('in.png folder/in.png --to r', 'same name'),
     ('in.png out.png --strength 2', '--strength must be from 0 to 1, got 2'),
     ('in.png out.png --sigma 30', 'dudncnn_blind finds the level itself'),
-    ('in.png out.png --net dncnn --sigma 0', 'above 0')])
+    ('in.png out.png --net dncnn --sigma 0', 'above 0'),
+    ('in.png out.png --net dncnn --sigma 10', 'must be 30, on which these networks were trained, or more, got 10')])
 def test_bad_options(command, words, message):
     with pytest.raises(ValueError, match=message):
         command(words)
+
+
+def test_the_example_replaces_nothing_unless_forced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('denoised.jpg').write_bytes(b'mine')
+    with pytest.raises(FileExistsError, match='denoised.jpg exists already'):
+        du.main(['example'])
+    with pytest.raises(ValueError, match='denoised must have the suffix of an image format'):
+        du.main(['example', 'denoised'])
+    assert Path('denoised.jpg').read_bytes() == b'mine' and len(list(tmp_path.iterdir())) == 1
 
 
 def run(program, *words, **environment):

@@ -1,5 +1,7 @@
 """Data, networks, statistics, pictures and command line of denoising_utils, as a user sees them."""
 import contextlib
+import copy
+import errno
 import hashlib
 import http.server
 import io
@@ -193,6 +195,7 @@ def test_files_are_sorted_and_crops_repeat_them(folder):
     (dict(image_size=(5.5, 5)), ValueError, 'image_size'),
     (dict(crops=0), ValueError, 'crops must be'),
     (dict(subset=[0, 5]), ValueError, 'subset must be positions from 0 to 4'),
+    (dict(subset=[]), ValueError, 'subset must be positions from 0 to 4 '),
 ])
 def test_bad_arguments_of_the_data_set(folder, options, error, words):
     (folder / 'train' / '0.png').unlink()
@@ -212,6 +215,13 @@ def test_bad_folders_and_files(folder):
         du.NoisyBSDSDataset(folder, 'test', (32, 32))
     with pytest.raises(IndexError):
         samples('test', (8, 8))[2]
+
+
+def test_photographs_of_16_bits_and_a_subset_that_is_a_generator(folder):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(folder / 'train' / '0.png')
+    data = du.NoisyBSDSDataset(folder, 'train', 64, 0, subset=(k for k in [0]))
+    assert len(data) == 1 and (data[0][1] - torch.from_numpy(ramp / 65535 * 2 - 1)).abs().max() < 1 / 127
 
 
 # --- where the photographs are -------------------------------------------------------------------
@@ -376,6 +386,26 @@ def test_without_network_sample_photographs_stand_in_and_say_so(tmp_path, served
     assert len(du.NoisyBSDSDataset(folder, 'test', (320, 320))) == 6
     assert len(du.NoisyBSDSDataset(folder, 'train', (180, 180))) == 12
     assert du.find_photographs() == folder
+
+
+@pytest.mark.parametrize('problem', ['no list of checksums', 'read-only'])
+def test_where_bsds300_can_not_be_checked_or_kept_samples_stand_in(tmp_path, served, monkeypatch, problem):
+    """As with the two .py files alone, or in a folder of the system."""
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    monkeypatch.delenv('BSDS300', raising=False)
+    monkeypatch.setattr(du, 'HERE', tmp_path / 'empty')
+    monkeypatch.setattr(du.tempfile, 'gettempdir', lambda: str(tmp_path))
+    if problem == 'read-only':
+        monkeypatch.setattr(du, 'fetch', refuse)
+        assert du.describe_photographs(du.find_photographs())[1].startswith('NOT BSDS300')
+    else:
+        monkeypatch.setattr(du, 'MANIFEST', tmp_path / 'nowhere')
+        with pytest.raises(FileNotFoundError, match='without its list of checksums'):
+            du.fetch(tmp_path / 'new')
+        assert not (tmp_path / 'new').exists()
+        assert du.describe_photographs(du.find_photographs())[1].startswith('not known to be BSDS300, as ')
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -565,6 +595,7 @@ def test_myimshow_maps_and_clips():
     assert shown.shape == (2, 2, 3)
     assert shown[..., 0].tolist() == [[0, 0.5], [1, 1]]
     assert du.myimshow(image[:1]).get_array().shape == (2, 2)
+    assert du.myimshow(torch.full((1, 2, 2), 0.5)).get_clim() == (0, 1)  # grey is not stretched to black and white
     plt.close('all')
 
 
@@ -640,6 +671,16 @@ def test_benchmark_pairs_are_the_centre_with_one_noise_for_all(folder):
     assert scores['psnr'].mean() == pytest.approx(18.59, abs=0.2)
 
 
+def test_a_network_is_scored_in_evaluation_mode(folder):
+    """As after a training, which leaves it in training mode: batch norm would go by the one image."""
+    net, pairs = du.DnCNN(2, C=4), list(du.benchmark_pairs(folder, size=32))
+    for bn in net.bn:
+        bn.running_var.fill_(3)
+    expected, state = du.benchmark(net.eval().__call__, pairs)['psnr'], copy.deepcopy(net.state_dict())
+    assert (du.benchmark(net.train(), pairs)['psnr'] == expected).all() and net.training
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
 def test_train_command_twice_gives_the_same_weights_and_resumes(folder, tmp_path, capsys):
     words = ['train', '--net', 'dudncnn', '--data', str(folder), '--D', '2', '--C', '4', '--size', '16',
              '--crops', '2', '--epochs', '4']
@@ -656,6 +697,30 @@ def test_train_command_twice_gives_the_same_weights_and_resumes(folder, tmp_path
     assert all(torch.equal(a['Net'][name], b['Net'][name]) for name in a['Net'])
     assert a['Optimizer']['param_groups'][0]['lr'] < 3e-3 / 2  # the schedule went down
     assert 'Epoch 4/4' in capsys.readouterr().out
+    du.main([*words, '--out', str(tmp_path / 'b'), '--sigma', '30'])  # which is the default
+    with pytest.raises(ValueError, match="Scheduler: lr_lambdas stored .*'epochs': 4.*, given .*'epochs': 6"):
+        du.main([*words, '--out', str(tmp_path / 'b'), '--epochs', '6'])
+    du.main([*words, '--out', str(tmp_path / 'b'), '--epochs', '6', '--allow', 'Scheduler'])
+    assert 'Epoch 6/6' in capsys.readouterr().out
+    for options, problem in ((['--epochs', '0'], '--epochs must be 1 or more, got 0'),
+                             (['--hold-out'], '--hold-out needs the 200 training photographs of BSDS300, and .* has 6')):
+        with pytest.raises(ValueError, match=problem):
+            du.main([*words, '--out', str(tmp_path / 'c'), *options])
+
+
+def test_a_checkpoint_of_another_network_is_not_taken_for_one_with_the_same_layers(folder, tmp_path):
+    for mode in ('train', 'test'):
+        for file in (folder / mode).glob('*.png'):
+            Image.open(file).resize((200, 190)).save(file)
+    words = ['train', '--data', str(folder), '--D', '2', '--C', '4', '--size', '16', '--epochs', '1', '--out']
+    du.main([*words, str(tmp_path / 'dncnn'), '--batch-norm', 'course'])
+    assert du.load_network('dncnn', tmp_path / 'dncnn')[0].bn[0].eps == 4
+    with pytest.raises(RuntimeError, match='holds a DnCNN, not a DUDnCNN'):
+        du.load_network('dudncnn', tmp_path / 'dncnn')
+    with pytest.raises(ValueError, match='--start .*dncnn holds a DnCNN: name it with --net'):
+        du.main([*words, str(tmp_path / 'next'), '--net', 'udncnn', '--start', str(tmp_path / 'dncnn')])
+    exp = du.make_experiment(du.parse([*words, str(tmp_path / 'next'), '--start', str(tmp_path / 'dncnn')]))
+    assert exp.net.bn[0].eps == 4 and torch.equal(exp.net.conv[0].weight, du.load_network('dncnn', tmp_path / 'dncnn')[0].conv[0].weight)
 
 
 def test_evaluate_and_denoise_commands(folder, tmp_path, capsys, monkeypatch):
@@ -673,6 +738,18 @@ def test_evaluate_and_denoise_commands(folder, tmp_path, capsys, monkeypatch):
     assert scores.shape == (2, 3) and (scores[0] == scores[1]).all()
     assert 'NOT BSDS300' in out
     assert f'| DnCNN(1), 1 epochs | {du.count_parameters(exp.net)} | 7 | {scores.mean():.2f} ± ' in out
+    words = ['evaluate', 'dncnn', '--data', str(folder), '--checkpoints', str(tmp_path / 'checkpoints'), '--scores']
+    du.main([*words, str(tmp_path / 'scores.csv'), '--sigma', '50'])
+    du.main([*words, str(tmp_path / 'scores.csv'), '--self-ensemble'])
+    assert du.read_scores(tmp_path / 'scores.csv', 'test').keys() == {'dncnn', 'dncnn_ensemble'}
+    assert (du.read_scores(tmp_path / 'scores.csv', 'test')['dncnn'] == scores).all()
+    assert du.read_scores(tmp_path / 'scores.csv', 'test, sigma 50').keys() == {'dncnn'}
+    (tmp_path / 'expenses.csv').write_text('day,expense\n1,2\n')
+    for file, problem in (('expenses.csv', 'is not a file of scores'), (du.HERE / 'checkpoints' / 'scores.csv', 'BSDS300')):
+        before = (tmp_path / file).read_text()
+        with pytest.raises(ValueError, match=problem):
+            du.main([*words, str(tmp_path / file)])
+        assert (tmp_path / file).read_text() == before
     monkeypatch.setattr(du, 'HERE', tmp_path)
     du.main(['denoise', str(folder / 'test' / '0.png'), str(tmp_path / 'out.png'), '--net', 'dncnn', '--sigma', '50'])
     with Image.open(tmp_path / 'out.png') as image:
