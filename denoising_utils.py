@@ -1338,13 +1338,17 @@ def evaluate(args):
     for name in args.nets:
         runs = []
         for folder in [Path(args.checkpoints) / name, *sorted(Path(args.checkpoints).glob(f'{name}_seed*'))]:
+            seed = int(folder.name.partition('_seed')[2] or 0)
+            if args.seeds and seed not in args.seeds:
+                continue
             net, history = load_network(folder.name, folder)
             denoise = self_ensemble(net) if args.self_ensemble else net
             runs.append(benchmark(denoise, benchmark_pairs(root, args.sigma)))
             if args.scores:
-                seed = folder.name.partition('_seed')[2] or 0
                 label = name + '_ensemble' * args.self_ensemble
                 write_scores(args.scores, scores_as_rows(label, seed, test_at(args.sigma), runs[-1]['psnr']))
+        if not runs:
+            raise ValueError(f'{name} has no training with --seeds {args.seeds}')
         psnr, ssim, seconds = (np.array([run[key] for run in runs]) for key in ('psnr', 'ssim', 'seconds'))
         error = psnr.mean(axis=0).std(ddof=1) / math.sqrt(psnr.shape[1])
         title = (f'{type(net).__name__}({net.D}), {len(history)} epochs'
@@ -1493,6 +1497,7 @@ def parse(words=None):
     add('--data', help='folder with train/ and test/ (default: see find_photographs)')
     add('--checkpoints', default=HERE / 'checkpoints', help='folder that holds a folder a network')
     add('--sigma', type=float, default=30, help='noise level, 0..255')
+    add('--seeds', nargs='+', type=int, help='which trainings (default: all there are)')
     add('--scores', help='also keep the PSNR of each photograph and seed in this file (CSV)')
     add('--self-ensemble', action='store_true', help='mean over the eight flips and quarter turns of each image')
     add = command(levels)

@@ -740,7 +740,10 @@ def test_evaluate_and_denoise_commands(folder, tmp_path, capsys, monkeypatch):
     assert f'| DnCNN(1), 1 epochs | {du.count_parameters(exp.net)} | 7 | {scores.mean():.2f} ± ' in out
     words = ['evaluate', 'dncnn', '--data', str(folder), '--checkpoints', str(tmp_path / 'checkpoints'), '--scores']
     du.main([*words, str(tmp_path / 'scores.csv'), '--sigma', '50'])
-    du.main([*words, str(tmp_path / 'scores.csv'), '--self-ensemble'])
+    du.main([*words, str(tmp_path / 'scores.csv'), '--self-ensemble', '--seeds', '1'])
+    with pytest.raises(ValueError, match=r'dncnn has no training with --seeds \[7\]'):
+        du.main([*words, str(tmp_path / 'scores.csv'), '--seeds', '7'])
+    assert len(du.read_scores(tmp_path / 'scores.csv', 'test')['dncnn_ensemble']) == 1
     assert du.read_scores(tmp_path / 'scores.csv', 'test').keys() == {'dncnn', 'dncnn_ensemble'}
     assert (du.read_scores(tmp_path / 'scores.csv', 'test')['dncnn'] == scores).all()
     assert du.read_scores(tmp_path / 'scores.csv', 'test, sigma 50').keys() == {'dncnn'}

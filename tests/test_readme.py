@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import denoising_utils as du
 import nntools as nt
 
 HERE = Path(__file__).resolve().parent.parent
@@ -309,6 +310,30 @@ def test_logs(start, logged):
 
 
 # --- what it names -------------------------------------------------------------------------------
+
+def test_the_results_are_those_of_the_stored_scores():
+    scores = du.read_scores(HERE / 'checkpoints' / 'scores.csv', 'test')
+    table = [[cell.strip() for cell in row.split('|')[1:-1]] for row in README.splitlines() if row.startswith('| D') or row.startswith('| U')]
+    rows = [row for row in table if len(row) == 8]
+    assert len(rows) == 6
+    for name, row in zip(('dncnn', 'udncnn', 'dudncnn', 'dncnn_course', 'dncnn_14', 'dncnn_course_assignment'), rows):
+        values = scores[name]
+        error = values.mean(axis=0).std(ddof=1) / values.shape[1] ** 0.5
+        assert row[3] == f'{values.mean():.2f} ± {error:.2f}', row
+        assert row[4] == ', '.join(f'{mean:.2f}' for mean in values.mean(axis=1)), row
+        assert row[5] == f'{values[:, du.CBSD68].mean():.2f}', row
+    others = {row[0]: row[2:] for row in table if len(row) == 4}
+    assert len(others) == 3
+    for name, means in others.items():
+        values = scores[name.removesuffix('(6)').lower()]
+        assert means == [f'{values.mean():.2f}', f'{values[:, du.CBSD68].mean():.2f}']
+
+
+def test_cbsd68_is_68_of_the_test_photographs():
+    """One is not in it, of the first 69 (the folder testsets/CBSD68 of cszn/IRCNN)."""
+    names = sorted(name for name in du._manifest() if name.startswith('test/'))
+    assert len(du.CBSD68) == 68 and {names[k] for k in range(69)} - {names[k] for k in du.CBSD68} == {'test/156065.jpg'}
+
 
 def test_targets_of_make():
     makefile = (HERE / 'Makefile').read_text()
