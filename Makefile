@@ -37,7 +37,7 @@ $(READY): requirements.txt
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo 'This Python has no venv. On Debian and Ubuntu: apt install python3-venv, then run make again.'; exit 1; }
 	@echo 'Setting up $(VENV), once. PyTorch is a large download.'
-	"$(PYTHON)" -m venv $(VENV)
+	"$(PYTHON)" -m venv --clear $(VENV)
 	sed '$(VERSIONS)' requirements.txt > $(VENV)/requirements.txt
 	$(PY) -m pip install --disable-pip-version-check -r $(VENV)/requirements.txt
 	@touch $@
@@ -96,6 +96,6 @@ soak: $(READY)
 	$(headless) tests/test_nntools_resume.py kills "$$folder/kills" 100 && \
 	$(headless) tests/test_nntools_resume.py presses "$$folder/presses" 100
 
-# What the two commands made. Downloaded photographs and checkpoints/ stay.
+# What set-up and tests made. Photographs, trainings (experiments/) and checkpoints/ stay.
 clean:
-	rm -rf .venv .venv-lowest experiments .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -19,6 +19,7 @@ import io
 import itertools
 import math
 import os
+import shutil
 import socket
 import sys
 import tarfile
@@ -200,7 +201,11 @@ def sample_photographs(destination=None):
 
     user = getattr(os, 'getuid', getpass.getuser)()  # in a container, a user may have a number but no name
     folder = Path(destination or Path(tempfile.gettempdir()) / f'sample-photographs-{user}')
-    if folder.is_dir():
+
+    def is_complete():
+        return len([*folder.glob('t*/*.png')]) == 18
+
+    if is_complete():
         return folder
     images = {f'test/{name}.png': getattr(data, name)()
               for name in ('astronaut', 'coffee', 'hubble_deep_field', 'immunohistochemistry', 'rocket')}
@@ -212,6 +217,8 @@ def sample_photographs(destination=None):
             file = Path(temporary) / 'complete' / name
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(file)
+        if not is_complete():  # a cleaner of temporary files has left a part
+            shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process was quicker
             os.replace(Path(temporary) / 'complete', folder)
     return folder

@@ -165,7 +165,8 @@ class StatsManager:
 
     def count_samples(self, x, d):
         """How many samples a batch has: the length of the tensor ``d`` or ``x``, of a `PackedSequence`,
-        of the tensors in a dict, of a list of samples. To be overridden where TypeError asks for it."""
+        of the tensors in a dict, of a list of samples. To be overridden where TypeError asks for it, and where
+        ``d`` has several rows a sample, such as the boxes in an image."""
         for part in (d, x):
             if isinstance(part, torch.Tensor):
                 return len(part) if part.ndim else 1
@@ -216,9 +217,10 @@ class Experiment:
     also_save: dict = None  # name to what has state_dict and load_state_dict: a second optimizer, averages
     allow: tuple = ()  # settings that may differ from the checkpoint's: ``('Optimizer', 'Scheduler')``
 
-    # For subclasses of 2019, which need not call __init__. (_state: what a run that was left goes back to.)
+    # For subclasses of 2019, which need not call __init__. (_state: what a run that was left goes back to; _waiting: updates.)
     train_loader = val_loader = _scheduler = _saved = _written = _untrained = _state = None
-    batch, _seconds, _stopped, _checked, _scaler = 0, (), False, False, torch.amp.GradScaler(enabled=False)
+    batch, _seconds, _stopped, _checked, _running, _training = 0, (), False, False, False, None
+    _scaler = torch.amp.GradScaler(enabled=False)
 
     def __post_init__(self, scheduler):
         self._scheduler, self.also_save, self.history = scheduler, dict(self.also_save or {}), []
@@ -252,23 +254,26 @@ class Experiment:
         continues from there. A loss or weights that are not finite raise FloatingPointError.
         """
         _check_whole('num_epochs', num_epochs, 0)
-        callback, mode = callback or plot, self.net.training
-        with _locked(self, num_epochs), torch.no_grad(), _progress_bar(self.train_loader) as bar:
+        callback, trains = _one_of(callback, plot), False
+        with _locked(self, num_epochs), torch.no_grad(), _modes_kept(self.net), _progress_bar(self.train_loader) as bar:
             try:
-                _begin(self, num_epochs)
+                _begin(self)
                 _call(self, callback)
+                if trains := self.epoch < num_epochs and not self._stopped:
+                    _prepare(self)
                 while self.epoch < num_epochs and not self._stopped:
                     bar.set_description(f'Epoch {self.epoch + 1}/{num_epochs}', refresh=False)
                     self._run_epoch(bar, after_batch)
                     _keep(self, last=self.epoch == num_epochs)
                     _say(f'Epoch {self.epoch}/{num_epochs}: {_line(self)} ({self._seconds[-1]:.2f} s)')
                     _call(self, callback)
-                self._saved == self.epoch or self.save()
+                if trains and self._saved != self.epoch:
+                    self.save()
             except BaseException as error:
                 _fall_back(self, error)
                 raise
             finally:
-                self.net.train(mode)
+                self._running = False
         self._state = None
         _say(f'{"Stopped after" if self.epoch < num_epochs else "Finish training for"} {self.epoch} epochs')
 
@@ -279,6 +284,7 @@ class Experiment:
             autocast = torch.autocast(_device_of(self.net).type, getattr(torch, self.precision), cache_enabled=False)
         bar.reset()
         self.stats_manager.init()
+        self._waiting = {}
         with _one_pass(self, self.train_loader, self.epoch + 1):
             for number, batch in enumerate(_batches(self, self.train_loader), start=1):
                 self.batch = number
@@ -296,6 +302,8 @@ class Experiment:
                 if not bar.disable:
                     bar.set_postfix_str(f'loss {loss:.4g}', refresh=False)
                     bar.update()
+            for optimizer in list(self._waiting):
+                _step(self, optimizer)
         if not all(torch.isfinite(p).all() for p in self.net.parameters()):  # spoilt by the last update
             raise _not_finite(self, 'weights are not finite', batch)
         for buffer in self.net.buffers() if _world_size() > 1 else ():
@@ -332,27 +340,18 @@ class Experiment:
 
     def update(self, loss, optimizer=None):
         """One step of ``optimizer`` (default: the experiment's) down the gradient of ``loss``, averaged
-        over the processes of torchrun, and over ``batches_per_step`` batches (with one update a step)."""
-        if not (self.net.training or self.batch and torch.is_grad_enabled()):  # a step may set eval()
+        over the processes of torchrun, and over ``batches_per_step`` calls. In evaluation it does nothing."""
+        if not (self.net.training if self._training is None else self._training):
             return
         if loss.numel() != 1:
             raise ValueError(f'the loss must be one number, got the shape {tuple(loss.shape)}: take its mean')
-        optimizer, number, batches = optimizer or self.optimizer, 1, 1
-        if self.batches_per_step > 1:
-            number = (self.batch - 1) % self.batches_per_step + 1  # of this batch among those of the step
-            batches = min(self.batches_per_step, (operator.length_hint(self.train_loader) or math.inf) - self.batch + number)
-            loss = loss / batches
-        if number == 1:
+        optimizer, waiting = optimizer or self.optimizer, vars(self).setdefault('_waiting', {})
+        if optimizer not in waiting:
             optimizer.zero_grad()
-        self._scaler.scale(loss).backward()
-        if number < batches:
-            return
-        _average_gradients(optimizer)
-        if self.grad_clip is not None:
-            self._scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(_parameters(optimizer), self.grad_clip)
-        self._scaler.step(optimizer)
-        self._scaler.update()
+        waiting[optimizer] = waiting.get(optimizer, 0) + 1  # batches whose gradients it holds
+        self._scaler.scale(loss / self.batches_per_step if self.batches_per_step > 1 else loss).backward()
+        if waiting[optimizer] == self.batches_per_step:
+            _step(self, optimizer)
 
     def stop(self):
         """Ends the run after the present epoch: ``if exp.epoch - exp.best[0] >= 10: exp.stop()``."""
@@ -487,6 +486,20 @@ class Experiment:
         return ''.join(f'{name}({_text(value)})\n' for name, value in self.setting().items())
 
 
+def _step(exp, optimizer):
+    """The second half of `update`, when all gradients of a step are there."""
+    number = exp._waiting.pop(optimizer)
+    _average_gradients(optimizer)
+    for p in _parameters(optimizer) if number < exp.batches_per_step else ():  # what is left at the end of an epoch
+        if p.grad is not None:
+            p.grad *= exp.batches_per_step / number
+    if exp.grad_clip is not None:
+        exp._scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(_parameters(optimizer), exp.grad_clip)
+    exp._scaler.step(optimizer)
+    exp._scaler.update()
+
+
 # --- state: what a run begins with, keeps, and goes back to ------------------------------------------
 
 def _items(exp):
@@ -508,15 +521,15 @@ def _open(exp):
     exp.train_loader = _loader(exp, exp.train_set, training=True)
     exp.val_loader = None if exp.val_set is None else _loader(exp, exp.val_set)
     _follow_first(exp)
-    differences = _compare_settings(exp, old)
+    differences = _compare_settings(exp, old, stored)
     if not differences.keys() <= set(exp.allow):
         lines = [line for name in differences if name not in exp.allow for line in differences[name]]
         raise ValueError('\n  '.join([f'{exp.output_dir} holds a checkpoint made with other settings:', *lines])
                          + '\nUse the stored settings, or another output_dir to start anew; '
                          f'allow={tuple(differences)!r} goes on with the new ones.')
     if stored:
-        _take_with_changes(exp, stored, differences.keys() & _items(exp).keys())
-    if not stored or differences:
+        _take_with_changes(exp, stored, differences.keys() & _items(exp).keys(), old)
+    if exp._written is None or differences:
         exp.save()
     exp._saved = exp.epoch
     _put_aside_stale_best(exp, later=False)
@@ -526,13 +539,13 @@ def _read(exp, path):
     return load_checkpoint(path, keys=KEYS if type(exp).state_dict is Experiment.state_dict else set())
 
 
-def _take_with_changes(exp, state, changed):
+def _take_with_changes(exp, state, changed, old):
     """Takes a state, but of what ``changed`` (names of items) what was given: of an optimizer its options, with the
     schedule as if from the first epoch, of anything else all."""
     changed = changed | {'Optimizer', 'Scheduler'} if changed & {'Optimizer', 'Scheduler'} else changed
     optimizers = {name: item for name, item in _items(exp).items() if name in changed and hasattr(item, 'param_groups')}
     given = [dict(group, params=None) for item in optimizers.values() for group in item.param_groups]
-    of_use = {name for name, item in optimizers.items() if state.get('Setting', {}).get(name) == type(item).__name__}
+    of_use = {name for name, item in optimizers.items() if old.get(name) == type(item).__name__}
     _take(exp, {name: value for name, value in state.items() if name in of_use or name not in changed})
     for group, options in zip((group for item in optimizers.values() for group in item.param_groups), given):
         group.update(options, params=group['params'])
@@ -543,33 +556,39 @@ def _take_with_changes(exp, state, changed):
 
 
 def _take(exp, state):
-    """Goes to a state; if that is interrupted, the next `run` does it again."""
+    """Goes to a state; if that is interrupted, the next `run` does it again. Within a run, it leaves alone what
+    that goes back to: the callback that asked for it will be called again."""
     before, exp._state = exp._state, state
     try:
         exp.load_state_dict(state)
     except Exception:  # it does not fit, and nothing was changed
         exp._state = before
         raise
-    exp._state = None
+    exp._state = before if exp._running else None
 
 
-def _begin(exp, num_epochs):
+def _begin(exp):
     """Starts from a whole state, and remembers it."""
     if exp._state is not None:  # a run was left, and interrupted again on its way back
         _take(exp, exp._state)
+        _refuse_to_overwrite(exp)
+        _keep(exp, last=True)
     exp.seed = _new_seed() if exp.seed is None else exp.seed
     _say(f'Start/Continue training from epoch {exp.epoch}')
-    _say_what_is_not_trained(exp)
     exp._stopped, exp._checked, exp.batch = False, False, 0
     exp.net.eval()
-    if exp.epoch < num_epochs:
-        _refuse_to_overwrite(exp)
-        _put_aside_stale_best(exp)
-        if exp.perform_validation_during_training:
-            _try_last_batch(exp)
-        _keep(exp, last=True)  # a run that was left need not have come to it
-        exp.save()  # the weights may have changed since: another experiment can share them
     exp._state = _copied_state(exp)
+    exp._running = True
+
+
+def _prepare(exp):
+    """What is done before the first epoch of a run, once it is sure to come: nothing is written without one."""
+    _say_what_is_not_trained(exp)
+    _refuse_to_overwrite(exp)
+    _put_aside_stale_best(exp)
+    if exp.perform_validation_during_training:
+        _try_last_batch(exp)
+    exp.save()  # the weights may have changed since: another experiment can share them
 
 
 def _keep(exp, last):
@@ -602,6 +621,7 @@ def _fall_back(exp, error):
     if exp._state is None:  # nothing has been done yet
         return
     exp.batch, saved = 0, 'saved'
+    exp._running = False
     _take(exp, exp._state)
     try:
         _keep(exp, last=True)
@@ -619,6 +639,12 @@ def _fall_back(exp, error):
 def _check_whole(name, value, least):
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         raise ValueError(f'{name} must be a whole number, {least} or more, got {value!r}')
+
+
+def _one_of(callback, plot):
+    if None not in (callback, plot):
+        raise TypeError('run takes one function to call: callback, or plot, as the course calls it')
+    return plot if callback is None else callback
 
 
 def _check_arguments(exp):
@@ -684,34 +710,31 @@ def _say_what_is_not_trained(exp):
 def _try_last_batch(exp):
     """Evaluates the last batch, which may be short, so that what is wrong shows before the first epoch."""
     loader, data = exp.val_loader, exp.val_loader.dataset
-    if (isinstance(data, td.IterableDataset) or not loader.batch_size or loader.worker_init_fn
+    if (isinstance(data, td.IterableDataset) or not hasattr(data, '__len__') or not loader.batch_size or loader.worker_init_fn
             or type(exp).evaluate is not Experiment.evaluate):
         return
     short = 0 if loader.drop_last else len(data) % loader.batch_size
     last = td.Subset(data, range(max(len(data) - (short or loader.batch_size), 0), len(data)))
+    loader = td.DataLoader(last, loader.batch_size, collate_fn=loader.collate_fn)
     try:
-        summary = _kept(exp.evaluate(td.DataLoader(last, loader.batch_size, collate_fn=loader.collate_fn)))
+        with _one_pass(exp, loader):
+            for batch in _batches(exp, loader):
+                exp.step(batch)
     except RuntimeError as error:
         if not short:
             raise
-        raise RuntimeError(f'the last batch of the evaluation has {len(last)} samples, others {loader.batch_size}: {error}. If '
-                           'the network can take no fewer, give drop_last_in_evaluation=True') from error
-    except (ValueError, ArithmeticError):  # there are statistics for which one batch is too little
-        return
-    _check_names(exp, (summary, summary))
+        raise RuntimeError(f'the last batch of the evaluation has {len(last)} samples, others {exp.val_loader.batch_size}: {error}. '
+                           'If the network can take no fewer, give drop_last_in_evaluation=True') from error
 
 
 def _check_statistics(exp):
     """Refuses after the first batch what can't be kept, and a ``best_by`` that is no statistic."""
     exp._checked = True
     try:
-        stats = copy.deepcopy(exp.stats_manager)  # as `summarize` can end a pass
-    except Exception:  # a lock, an open file
+        summary = copy.deepcopy(exp.stats_manager).summarize()  # which can end a pass
+    except Exception:  # a lock that can't be copied, or statistics for which one batch is too little
         return
-    try:
-        summary = _kept(stats.summarize())
-    except (ValueError, ArithmeticError):  # there are statistics for which one batch is too little
-        return
+    summary = _kept(summary)
     if not exp.perform_validation_during_training:
         _check_names(exp, summary)
     elif type(exp).evaluate is Experiment.evaluate:  # another one can have other statistics
@@ -795,9 +818,10 @@ def _source(kind):
     return ''
 
 
-def _compare_settings(exp, old):
+def _compare_settings(exp, old, stored):
     """What differs from the settings of a checkpoint: a dict of the setting's name to lines."""
     given, differences = _settings(exp), {}
+    given |= dict.fromkeys(stored.keys() & old.keys() - given.keys(), 'nothing')  # of what it saved too
     names = [key for key in given if ': ' not in key]
     if unknown := sorted(set(exp.allow) - set(names)):
         raise ValueError(f'allow has {unknown}, but the settings are {", ".join(names)}')
@@ -881,7 +905,10 @@ def find_device(name='auto'):
     if name == 'auto' and torch.cuda.is_available():
         return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     if name == 'auto':
-        return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+        with contextlib.suppress(RuntimeError):  # of a virtual machine that announces MPS, but has no memory for it
+            if torch.backends.mps.is_available() and torch.zeros(1, device='mps').numel():
+                return torch.device('mps')
+        return torch.device('cpu')
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -982,7 +1009,7 @@ def _batches(exp, loader):
 # --- random numbers ----------------------------------------------------------------------------------
 
 def mix_seeds(*numbers):
-    """A 63-bit seed made of several numbers, unlike that of any other combination."""
+    """A 63-bit seed made of several numbers. (Zeros at the end don't count.)"""
     return int(np.random.SeedSequence([int(n) % 2**64 for n in numbers]).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -993,17 +1020,28 @@ def _new_seed():
 
 
 @contextlib.contextmanager
+def _modes_kept(net):
+    """Leaves each layer in the mode, training or evaluation, that it had before."""
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
 def _one_pass(exp, loader, epoch=0):
     """One pass over a loader: of training, or, in epoch 0, of evaluation. Random numbers drawn inside follow
     from (seed, epoch, rank), the order of the samples from (seed, epoch); what is outside, the mode of
     the network too, is unaffected."""
-    mode, seeds = exp.net.training, (exp.seed or 0, epoch)
+    seeds, training = (exp.seed or 0, epoch), exp._training
     mixed = mix_seeds(*seeds, _rank() if epoch else 0)
     owners = [loader, getattr(loader, 'sampler', None), getattr(loader, 'batch_sampler', None)]
     owners.append(getattr(owners[-1], 'sampler', None))
     generators = [(g, g.get_state()) for g in {getattr(owner, 'generator', None) for owner in owners} - {None}]
     before, devices = (random.getstate(), np.random.get_state()), range(torch.cuda.is_initialized())
-    with torch.no_grad(), torch.random.fork_rng([torch.cuda.current_device() for _ in devices]):
+    with torch.no_grad(), _modes_kept(exp.net), torch.random.fork_rng([torch.cuda.current_device() for _ in devices]):
         torch.manual_seed(mixed)
         np.random.seed(mixed % 2**32)
         random.seed(mixed)
@@ -1012,10 +1050,11 @@ def _one_pass(exp, loader, epoch=0):
         for sampler in owners:
             hasattr(sampler, 'set_epoch') and sampler.set_epoch(epoch)
         exp.net.train(epoch > 0)
+        exp._training = epoch > 0
         try:
             yield
         finally:
-            exp.net.train(mode)
+            exp._training = training
             random.setstate(before[0])
             np.random.set_state(before[1])
             for generator, state in generators:

@@ -386,6 +386,8 @@ def test_without_network_sample_photographs_stand_in_and_say_so(tmp_path, served
     assert len(du.NoisyBSDSDataset(folder, 'test', (320, 320))) == 6
     assert len(du.NoisyBSDSDataset(folder, 'train', (180, 180))) == 12
     assert du.find_photographs() == folder
+    next((folder / 'test').iterdir()).unlink()  # by a cleaner of temporary files
+    assert du.find_photographs() == folder and len(du.NoisyBSDSDataset(folder, 'test', (320, 320))) == 6
 
 
 @pytest.mark.parametrize('problem', ['no list of checksums', 'read-only'])

@@ -956,6 +956,7 @@ def run(exp, *args, **options):
     exp.run(*args, **options)
 
 
+ABSENT = 'cuda' if torch.backends.mps.is_available() else 'mps'
 WRONG = [
     # (what is wrong, arguments, what is done with the experiment, error, its message)
     ('empty data set', {'train': Data(0)}, None, ValueError, 'train_set has 0 samples, too few for one batch of 4'),
@@ -971,7 +972,7 @@ WRONG = [
     ('a list of numbers as data', {'train': 5}, None, TypeError, 'must be a data set with a length.*got int'),
     ('unknown precision', {'precision': 'half'}, None, ValueError, "precision must be one of .'float32', 'bfloat16', 'float16'., got 'half'"),
     ('unknown device', {'device': 'gpu'}, None, ValueError, "device must be 'cuda', 'mps', 'cpu' or 'auto', got 'gpu'"),
-    ('a device that is not here', {'device': 'mps'}, None, ValueError, "'mps' is not available here; use device='auto'"),
+    ('a device that is not here', {'device': ABSENT}, None, ValueError, f"'{ABSENT}' is not available here; use device='auto'"),
     ('a bare module', {'net': nn.Linear(3, 1)}, None, TypeError, r'method criterion\(y, d\), its loss, got Linear'),
     ('negative workers', {'num_workers': -1}, None, ValueError, 'num_workers must be a whole number, 0 or more, got -1'),
     ('clip at 0', {'grad_clip': 0}, None, ValueError, 'grad_clip must be a number, more than 0, got 0'),
