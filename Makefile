@@ -37,7 +37,8 @@ $(READY): requirements.txt
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo 'This Python has no venv. On Debian and Ubuntu: apt install python3-venv, then run make again.'; exit 1; }
 	@echo 'Setting up $(VENV), once. PyTorch is a large download.'
-	"$(PYTHON)" -m venv --clear $(VENV)
+	@[ ! -e $(VENV) ] || [ "$$($(PY) --version 2>&1)" = "$$("$(PYTHON)" --version)" ] || rm -rf $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
 	sed '$(VERSIONS)' requirements.txt > $(VENV)/requirements.txt
 	$(PY) -m pip install --disable-pip-version-check -r $(VENV)/requirements.txt
 	@touch $@

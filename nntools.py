@@ -464,7 +464,7 @@ class Experiment:
         """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read."""
         written = _written(self.checkpoint_path)
         _take(self, _read(self, path or self.checkpoint_path))
-        self._saved, self._written = None, written
+        self._saved, self._written = -1 if self._running else None, written  # None: nothing is to be saved yet
         _put_aside_stale_best(self)
 
     def load_best(self):
@@ -594,7 +594,7 @@ def _prepare(exp):
 def _keep(exp, last):
     """Remembers the epoch just finished, and saves it. The best goes first: if a kill comes between the
     two, the epoch is done again, and both are written again."""
-    if exp._saved != exp.epoch:
+    if exp._saved not in (None, exp.epoch):
         exp._state = _copied_state(exp)
         if exp.best_by is not None and _best(exp)[0] == exp.epoch > 0:
             exp.save(exp.best_path)
@@ -620,11 +620,12 @@ def _fall_back(exp, error):
     """Returns to the last epoch that was finished, and saves it if it is not on disk."""
     if exp._state is None:  # nothing has been done yet
         return
-    exp.batch, saved = 0, 'saved'
+    exp.batch = 0
     exp._running = False
     _take(exp, exp._state)
     try:
         _keep(exp, last=True)
+        saved = 'saved' if exp._saved is not None else 'as it was loaded'
     except OSError as full:
         saved = f'in memory only ({full})'
     exp._state = None

@@ -2014,7 +2014,11 @@ def test_going_back_writes_nothing_until_it_trains(tmp_path):
     saved = content(tmp_path)['checkpoint.pth.tar']
     exp.load(str(tmp_path / 'early'))
     exp.run(1)
-    assert content(tmp_path)['checkpoint.pth.tar'] == saved
+    with pytest.raises(ZeroDivisionError):
+        exp.run(2, lambda e: 1 / 0)
+    assert content(tmp_path)['checkpoint.pth.tar'] == saved and exp.epoch == 1
+    exp.run(2)
+    assert len(nt.load_checkpoint(exp.checkpoint_path)['History']) == 2
 
 
 def test_no_update_in_evaluation_where_gradients_are_needed(tmp_path):
