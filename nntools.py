@@ -273,7 +273,7 @@ class Experiment:
                 _fall_back(self, error)
                 raise
             finally:
-                self._running = False
+                self._running, self._training = False, None
         self._state = None
         _say(f'{"Stopped after" if self.epoch < num_epochs else "Finish training for"} {self.epoch} epochs')
 

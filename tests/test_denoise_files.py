@@ -74,7 +74,7 @@ def test_16_bits_of_colours(identity, tmp_path):
 
 
 def test_16_bits_of_colours_stored_plane_by_plane(identity, tmp_path):
-    tifffile.imwrite(tmp_path / 'in.tif', np.moveaxis(DEEP_COLOURS, 2, 0), photometric='rgb', planarconfig='separate')
+    tifffile.imwrite(tmp_path / 'in.tif', np.moveaxis(DEEP_COLOURS, 2, 0), photometric='rgb', planarconfig='separate', metadata=None)
     du.denoise_file(identity, tmp_path / 'in.tif', tmp_path / 'out.tif')
     assert np.array_equal(tifffile.imread(tmp_path / 'out.tif'), DEEP_COLOURS)
 
