@@ -92,7 +92,7 @@ def find_photographs(root=None):
     try:
         return fetch()
     except OSError as error:
-        if not isinstance(error, (ConnectionError, PermissionError)) and error.errno not in (errno.EROFS, errno.ENOENT):
+        if not isinstance(error, (ConnectionError, PermissionError, FileNotFoundError)) and error.errno != errno.EROFS:
             raise
         return sample_photographs()
 

@@ -217,7 +217,7 @@ class Experiment:
     also_save: dict = None  # name to what has state_dict and load_state_dict: a second optimizer, averages
     allow: tuple = ()  # settings that may differ from the checkpoint's: ``('Optimizer', 'Scheduler')``
 
-    # For subclasses of 2019, which need not call __init__. (_state: what a run that was left goes back to; _waiting: updates.)
+    # For subclasses of 2019, which need not call __init__. (_state: what a run that was left goes back to.)
     train_loader = val_loader = _scheduler = _saved = _written = _untrained = _state = None
     batch, _seconds, _stopped, _checked, _running, _training = 0, (), False, False, False, None
     _scaler = torch.amp.GradScaler(enabled=False)
@@ -464,7 +464,7 @@ class Experiment:
         """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read."""
         written = _written(self.checkpoint_path)
         _take(self, _read(self, path or self.checkpoint_path))
-        self._saved, self._written = -1 if self._running else None, written  # None: nothing is to be saved yet
+        self._saved, self._written = -1 if self._running else None, written  # None: not to be saved until it trains
         _put_aside_stale_best(self)
 
     def load_best(self):
