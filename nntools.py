@@ -217,9 +217,9 @@ class Experiment:
     also_save: dict = None  # name to what has state_dict and load_state_dict: a second optimizer, averages
     allow: tuple = ()  # settings that may differ from the checkpoint's: ``('Optimizer', 'Scheduler')``
 
-    # For subclasses of 2019, which need not call __init__. (_state: what a run that was left goes back to.)
-    train_loader = val_loader = _scheduler = _saved = _written = _untrained = _state = None
-    batch, _seconds, _stopped, _checked, _running, _training = 0, (), False, False, False, None
+    # For subclasses of 2019, which need not call __init__. Of a run: the state that it goes back to, and the one on disk.
+    train_loader = val_loader = _scheduler = _state = _stored = _written = _untrained = _training = None
+    batch, _seconds, _stopped, _checked = 0, (), False, False
     _scaler = torch.amp.GradScaler(enabled=False)
 
     def __post_init__(self, scheduler):
@@ -254,26 +254,26 @@ class Experiment:
         continues from there. A loss or weights that are not finite raise FloatingPointError.
         """
         _check_whole('num_epochs', num_epochs, 0)
-        callback, trains = _one_of(callback, plot), False
+        callbacks = [function for function in (callback, plot) if function is not None]
         with _locked(self, num_epochs), torch.no_grad(), _modes_kept(self.net), _progress_bar(self.train_loader) as bar:
             try:
                 _begin(self)
-                _call(self, callback)
-                if trains := self.epoch < num_epochs and not self._stopped:
+                _call(self, callbacks)
+                if self.epoch < num_epochs and not self._stopped:
                     _prepare(self)
                 while self.epoch < num_epochs and not self._stopped:
                     bar.set_description(f'Epoch {self.epoch + 1}/{num_epochs}', refresh=False)
                     self._run_epoch(bar, after_batch)
-                    _keep(self, last=self.epoch == num_epochs)
+                    self._state = _copied_state(self)
+                    _save_new(self, self.epoch % self.save_every == 0 or self.epoch == num_epochs)
                     _say(f'Epoch {self.epoch}/{num_epochs}: {_line(self)} ({self._seconds[-1]:.2f} s)')
-                    _call(self, callback)
-                if trains and self._saved != self.epoch:
-                    self.save()
+                    _call(self, callbacks)
+                _save_new(self)
             except BaseException as error:
                 _fall_back(self, error)
                 raise
             finally:
-                self._running, self._training = False, None
+                self._training = None
         self._state = None
         _say(f'{"Stopped after" if self.epoch < num_epochs else "Finish training for"} {self.epoch} epochs')
 
@@ -458,18 +458,29 @@ class Experiment:
             if self.epoch < 2:  # lest a training ends with what can't be read
                 _read(self, path or self.checkpoint_path)
         if path is None:
-            self._saved, self._written = self.epoch, _written(self.checkpoint_path)
+            self._stored, self._written = self._state, _written(self.checkpoint_path)
 
     def load(self, path=None):
         """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read."""
-        written = _written(self.checkpoint_path)
-        _take(self, _read(self, path or self.checkpoint_path))
-        self._saved, self._written = -1 if self._running else None, written  # None: not to be saved until it trains
-        _put_aside_stale_best(self)
+        self._written = _written(self.checkpoint_path)
+        state = _read(self, path or self.checkpoint_path)
+        outside = self._training is None  # of a run, which has a state of its own to go back to
+        try:
+            self.load_state_dict(state)
+        except KeyboardInterrupt:  # half of it may be there: the next run begins with the whole
+            if outside:
+                self._state = self._stored = state
+            raise
+        if outside:
+            self._state = None
 
     def load_best(self):
-        """Takes the weights of the best epoch (see ``best_by``). History and optimizer stay."""
-        _unwrapped(self.net).load_state_dict(_read(self, self.best_path)['Net'])
+        """Takes the weights of the best epoch (see ``best_by``). History and optimizer stay. RuntimeError: they
+        were not kept, as ``best_by`` or ``best_mode`` was given later."""
+        state = _read(self, self.best_path)
+        if len(state['History']) != _best(self)[0]:
+            raise RuntimeError(f'{self.best_path} is of epoch {len(state["History"])}, but the best one is {_best(self)[0]}')
+        _unwrapped(self.net).load_state_dict(state['Net'])
 
     def setting(self):
         """The settings, by name, that a checkpoint must share with the experiment that loads it.
@@ -531,8 +542,6 @@ def _open(exp):
         _take_with_changes(exp, stored, differences.keys() & _items(exp).keys(), old)
     if exp._written is None or differences:
         exp.save()
-    exp._saved = exp.epoch
-    _put_aside_stale_best(exp, later=False)
 
 
 def _read(exp, path):
@@ -546,7 +555,7 @@ def _take_with_changes(exp, state, changed, old):
     optimizers = {name: item for name, item in _items(exp).items() if name in changed and hasattr(item, 'param_groups')}
     given = [dict(group, params=None) for item in optimizers.values() for group in item.param_groups]
     of_use = {name for name, item in optimizers.items() if old.get(name) == type(item).__name__}
-    _take(exp, {name: value for name, value in state.items() if name in of_use or name not in changed})
+    exp.load_state_dict({name: value for name, value in state.items() if name in of_use or name not in changed})
     for group, options in zip((group for item in optimizers.values() for group in item.param_groups), given):
         group.update(options, params=group['params'])
     with warnings.catch_warnings():
@@ -555,51 +564,43 @@ def _take_with_changes(exp, state, changed, old):
             _step_scheduler(exp, entry)
 
 
-def _take(exp, state):
-    """Goes to a state; if that is interrupted, the next `run` does it again. Within a run, it leaves alone what
-    that goes back to: the callback that asked for it will be called again."""
-    before, exp._state = exp._state, state
-    try:
-        exp.load_state_dict(state)
-    except Exception:  # it does not fit, and nothing was changed
-        exp._state = before
-        raise
-    exp._state = before if exp._running else None
-
-
 def _begin(exp):
-    """Starts from a whole state, and remembers it."""
+    """A run starts from a whole state, and remembers it."""
     if exp._state is not None:  # a run was left, and interrupted again on its way back
-        _take(exp, exp._state)
-        _refuse_to_overwrite(exp)
-        _keep(exp, last=True)
+        _go_back(exp)
     exp.seed = _new_seed() if exp.seed is None else exp.seed
     _say(f'Start/Continue training from epoch {exp.epoch}')
-    exp._stopped, exp._checked, exp.batch = False, False, 0
+    exp._stopped, exp._checked, exp._training, exp.batch = False, False, False, 0
     exp.net.eval()
-    exp._state = _copied_state(exp)
-    exp._running = True
+    exp._state = exp._stored = _copied_state(exp)
 
 
 def _prepare(exp):
     """What is done before the first epoch of a run, once it is sure to come: nothing is written without one."""
     _say_what_is_not_trained(exp)
-    _refuse_to_overwrite(exp)
-    _put_aside_stale_best(exp)
+    if _rank() == 0:
+        _refuse_to_overwrite(exp)
+        _put_aside_stale_best(exp)
     if exp.perform_validation_during_training:
         _try_last_batch(exp)
-    exp.save()  # the weights may have changed since: another experiment can share them
 
 
-def _keep(exp, last):
-    """Remembers the epoch just finished, and saves it. The best goes first: if a kill comes between the
+def _save_new(exp, now=True):
+    """Saves the epoch just finished, if it is not on disk. The best goes first: if a kill comes between the
     two, the epoch is done again, and both are written again."""
-    if exp._saved not in (None, exp.epoch):
-        exp._state = _copied_state(exp)
-        if exp.best_by is not None and _best(exp)[0] == exp.epoch > 0:
+    if exp._state is not exp._stored:
+        if exp.best_by is not None and _best(exp)[0] == exp.epoch:
             exp.save(exp.best_path)
-        if last or exp.epoch % exp.save_every == 0:
+        if now:
             exp.save()
+
+
+def _go_back(exp):
+    """Returns to the last epoch that was finished, and saves it if it is not on disk."""
+    exp.batch = 0
+    exp.load_state_dict(exp._state)
+    _save_new(exp)
+    exp._state = None
 
 
 def _copied_state(exp):
@@ -608,29 +609,24 @@ def _copied_state(exp):
     return copy.deepcopy(state, {id(entries): list(entries) for entries in lists})
 
 
-def _call(exp, callback):
+def _call(exp, callbacks):
     """On one process; the others wait for it, and follow in what it has changed."""
-    if callback is not None:
-        _rank() or callback(exp)
+    for callback in callbacks if _rank() == 0 else ():
+        callback(exp)
+    if callbacks:
         _follow_first(exp)
     exp._stopped = _from_all(exp._stopped)[0]
 
 
 def _fall_back(exp, error):
-    """Returns to the last epoch that was finished, and saves it if it is not on disk."""
     if exp._state is None:  # nothing has been done yet
         return
-    exp.batch = 0
-    exp._running = False
-    _take(exp, exp._state)
+    memory = ''
     try:
-        _keep(exp, last=True)
-        saved = 'saved' if exp._saved is not None else 'as it was loaded'
-    except OSError as full:
-        saved = f'in memory only ({full})'
-    exp._state = None
-    _say(f'{type(error).__name__}: back to epoch {exp.epoch}, the last one finished, which is {saved}. '
-         'Call run again to go on from there.')
+        _go_back(exp)
+    except OSError as full:  # the next run tries again
+        memory = f', in memory only ({full})'
+    _say(f'{type(error).__name__}: back to epoch {exp.epoch}, the last one finished{memory}. Call run again to go on from there.')
     if _world_size() > 1:
         dist.destroy_process_group()  # so that the others don't wait for this one for ever
 
@@ -640,12 +636,6 @@ def _fall_back(exp, error):
 def _check_whole(name, value, least):
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         raise ValueError(f'{name} must be a whole number, {least} or more, got {value!r}')
-
-
-def _one_of(callback, plot):
-    if None not in (callback, plot):
-        raise TypeError('run takes one function to call: callback, or plot, as the course calls it')
-    return plot if callback is None else callback
 
 
 def _check_arguments(exp):
@@ -1176,7 +1166,7 @@ def _written(path):
 
 def _refuse_to_overwrite(exp):
     """What another experiment has trained in this folder since this one wrote or read the checkpoint."""
-    if _rank() == 0 and exp._written and _written(exp.checkpoint_path) not in (exp._written, None):
+    if exp._written and _written(exp.checkpoint_path) not in (exp._written, None):
         if (epoch := len(_read(exp, exp.checkpoint_path).get('History', ()))) > exp.epoch:
             raise RuntimeError(f'{exp.checkpoint_path} is now of epoch {epoch}, trained by another experiment; this one is at '
                                f'{exp.epoch}: call load() to go on from there, or give another output_dir')
@@ -1214,12 +1204,10 @@ def load_checkpoint(path, device='cpu', keys=KEYS):
     return checkpoint
 
 
-def _put_aside_stale_best(exp, later=True):
-    """best.pth.tar must be that of `exp.best`: it is not if best_by was changed, or the history. If it is of a
-    ``later`` epoch than that of the checkpoint, another process can be at work."""
+def _put_aside_stale_best(exp):
+    """best.pth.tar is of another epoch than `exp.best` if best_by was changed, or the history."""
     path = getattr(exp, 'best_path', '')
-    epoch = len(_read(exp, path)['History']) if _rank() == 0 and os.path.isfile(path) else _best(exp)[0]
-    if epoch != _best(exp)[0] and (later or epoch <= exp.epoch):
+    if os.path.isfile(path) and len(_read(exp, path)['History']) != _best(exp)[0]:
         os.replace(path, f'{path}.old')
         _say(f'{path} is not of the best epoch any more: it is now {path}.old')
 

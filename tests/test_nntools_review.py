@@ -544,9 +544,11 @@ def test_09_the_best_checkpoint_is_that_of_exp_best(tmp_path, capsys):
     old = Path(exp.best_path).read_bytes()
     capsys.readouterr()
     exp = make(tmp_path / 'b', **options, best_by='error', best_mode='max')
-    assert not Path(exp.best_path).exists() and Path(f'{exp.best_path}.old').read_bytes() == old  # nothing is lost
-    assert 'best.pth.tar.old' in capsys.readouterr().out
+    assert Path(exp.best_path).read_bytes() == old  # who only looks changes nothing
+    with pytest.raises(RuntimeError, match=r'best.pth.tar is of epoch \d, but the best one is 1'):
+        exp.load_best()
     exp.run(12)
+    assert Path(f'{exp.best_path}.old').read_bytes() == old and 'best.pth.tar.old' in capsys.readouterr().out  # nothing is lost
     assert not Path(exp.best_path).exists() or best_agrees(exp)
     assert exp.best[1] == max(val['error'] for _, val in exp.history)
 
@@ -2106,7 +2108,7 @@ def test_what_was_saved_too_is_not_left_out_without_a_word(tmp_path):
     make(tmp_path)  # from now on
 
 
-def test_an_object_that_is_empty_is_called_and_two_are_refused(tmp_path):
+def test_an_object_that_is_empty_is_called_and_two_are_too(tmp_path):
     class Recorder(list):
         def __call__(self, exp):
             self.append(exp.epoch)
@@ -2114,8 +2116,8 @@ def test_an_object_that_is_empty_is_called_and_two_are_refused(tmp_path):
     epochs, exp = Recorder(), make(tmp_path)
     exp.run(2, epochs)
     assert epochs == [0, 1, 2]
-    with pytest.raises(TypeError, match='run takes one function to call: callback, or plot'):
-        exp.run(3, print, plot=print)
+    exp.run(3, epochs, plot=epochs)
+    assert epochs[3:] == [2, 2, 3, 3]
 
 
 def test_each_layer_keeps_its_mode(tmp_path):
