@@ -229,7 +229,9 @@ class Experiment:
         self.allow = (self.allow,) if isinstance(self.allow, str) else tuple(self.allow)
         _check_arguments(self)
         _join_processes()
-        self.device = _moved(self.net, self.device)
+        if self.device is not None:
+            self.net.to(find_device(self.device))
+        self.device = _device_of(self.net)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
         self.output_dir = os.path.expanduser(self.output_dir or f'experiment_{_from_all(time.time())[0]}')
         self.checkpoint_path, self.best_path, self.config_path = (
@@ -279,17 +281,17 @@ class Experiment:
 
     def _run_epoch(self, bar, after_batch):
         """Trains for one epoch, validates, and adds an entry to the history."""
-        start, autocast = time.time(), contextlib.nullcontext()
+        start, gradients, step = time.time(), torch.enable_grad(), self.step
         if self.precision != 'float32':  # without a cache of cast weights, as a step can update twice
-            autocast = torch.autocast(_device_of(self.net).type, getattr(torch, self.precision), cache_enabled=False)
+            step = torch.autocast(_device_of(self.net).type, getattr(torch, self.precision), cache_enabled=False)(step)
         bar.reset()
         self.stats_manager.init()
         self._waiting = {}
         with _one_pass(self, self.train_loader, self.epoch + 1):
             for number, batch in enumerate(_batches(self, self.train_loader), start=1):
                 self.batch = number
-                with torch.enable_grad(), autocast:
-                    loss, x, y, d = self.step(batch)
+                with gradients:
+                    loss, x, y, d = step(batch)
                 loss = float(loss)
                 if not math.isfinite(loss):
                     raise _not_finite(self, f'the loss is {loss}', batch)
@@ -582,7 +584,7 @@ def _prepare(exp):
         _refuse_to_overwrite(exp)
         _put_aside_stale_best(exp)
     if exp.perform_validation_during_training:
-        _try_last_batch(exp)
+        _try_evaluation(exp)
 
 
 def _save_new(exp, now=True):
@@ -640,10 +642,10 @@ def _check_whole(name, value, least):
 
 def _check_arguments(exp):
     """Raises TypeError or ValueError for what can't work, before anything is made or written."""
-    criterion = 'criterion' if type(exp).step is Experiment.step else 'state_dict'
+    needed = 'criterion' if type(exp).step is Experiment.step else 'state_dict'
     for name, value, attribute, what in (
             ('net', exp.net, 'named_modules', 'a torch.nn.Module'),
-            ('net', exp.net, criterion, 'a module with a method criterion(y, d), its loss'),
+            ('net', exp.net, needed, 'a module with a method criterion(y, d), its loss'),
             ('optimizer', exp.optimizer, 'param_groups',
              'a torch.optim.Optimizer (the order is net, train_set, val_set, optimizer, stats_manager)'),
             ('stats_manager', exp.stats_manager, 'accumulate', 'a StatsManager'),
@@ -664,12 +666,7 @@ def _check_arguments(exp):
         if field.type is int and value is not None:
             _check_whole(field.name, value, 0 if field.name in ('seed', 'num_workers') else 1)
             setattr(exp, field.name, int(value))
-    _check_combinations(exp)
-
-
-def _check_combinations(exp):
-    """Raises ValueError for arguments that don't go together."""
-    own, scheduler, clip = [p for _, p in nn.Module.named_parameters(exp.net)], exp._scheduler, exp.grad_clip
+    own, clip = [p for _, p in nn.Module.named_parameters(exp.net)], exp.grad_clip
     taken = exp.also_save.keys() & (KEYS | {'Scheduler', 'Scaler', 'Seconds', 'Best', 'Setting', 'Format'})
     for wrong, message in (
             (isinstance(exp.optimizer, torch.optim.LBFGS), 'LBFGS needs a closure at each step: take another optimizer'),
@@ -677,10 +674,10 @@ def _check_combinations(exp):
              'net has lazy modules: send one batch through it first, and build the optimizer then'),
             (not set(map(id, own)) & set(map(id, _parameters(exp.optimizer))),
              'optimizer holds no parameter of net: build it from net.parameters()'),
-            (getattr(scheduler, 'optimizer', exp.optimizer) is not exp.optimizer,
+            (getattr(exp._scheduler, 'optimizer', exp.optimizer) is not exp.optimizer,
              'scheduler belongs to another optimizer: build it from the one given here'),
-            (isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != exp.best_mode,
-             f'scheduler has mode={getattr(scheduler, "mode", 0)!r}, but best_mode is {exp.best_mode!r}: make them alike'),
+            (isinstance(exp._scheduler, ReduceLROnPlateau) and exp._scheduler.mode != exp.best_mode,
+             f'mode of the scheduler must be best_mode, {exp.best_mode!r}, got {getattr(exp._scheduler, "mode", None)!r}'),
             (clip is not None and not (isinstance(clip, (int, float)) and clip > 0),
              f'grad_clip must be a number, more than 0, got {clip!r}'),
             (exp.val_set is None and exp.perform_validation_during_training,
@@ -698,23 +695,23 @@ def _say_what_is_not_trained(exp):
     exp._untrained = names
 
 
-def _try_last_batch(exp):
-    """Evaluates the last batch, which may be short, so that what is wrong shows before the first epoch."""
-    loader, data = exp.val_loader, exp.val_loader.dataset
-    if (isinstance(data, td.IterableDataset) or not hasattr(data, '__len__') or not loader.batch_size or loader.worker_init_fn
-            or type(exp).evaluate is not Experiment.evaluate):
+def _try_evaluation(exp):
+    """Evaluates one batch, the last one, which may be short, so that what is wrong shows before the first epoch."""
+    loader, data, size, rest = exp.val_loader, exp.val_set, exp.batch_size, 0
+    if type(exp).evaluate is not Experiment.evaluate:
         return
-    short = 0 if loader.drop_last else len(data) % loader.batch_size
-    last = td.Subset(data, range(max(len(data) - (short or loader.batch_size), 0), len(data)))
-    loader = td.DataLoader(last, loader.batch_size, collate_fn=loader.collate_fn)
+    if not isinstance(data, td.DataLoader):
+        full = len(data) // size * size
+        rest = 0 if exp.drop_last_in_evaluation else len(data) - full
+        last = range(full, len(data)) if rest else range(full - size, full)
+        loader = td.DataLoader(td.Subset(data, last), size, collate_fn=exp.collate_fn)
     try:
         with _one_pass(exp, loader):
-            for batch in _batches(exp, loader):
-                exp.step(batch)
+            exp.step(next(_batches(exp, loader)))
     except RuntimeError as error:
-        if not short:
+        if not rest:
             raise
-        raise RuntimeError(f'the last batch of the evaluation has {len(last)} samples, others {exp.val_loader.batch_size}: {error}. '
+        raise RuntimeError(f'the last batch of the evaluation has {rest} samples, others {size}: {error}. '
                            'If the network can take no fewer, give drop_last_in_evaluation=True') from error
 
 
@@ -893,34 +890,16 @@ def _step_scheduler(exp, entry):
 def find_device(name='auto'):
     """The device of that name, or the best one of this machine: CUDA (under torchrun, this process's
     own), MPS or CPU. Raises ValueError if it is not here."""
-    if name == 'auto' and torch.cuda.is_available():
-        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-    if name == 'auto':
-        with contextlib.suppress(RuntimeError):  # of a virtual machine that announces MPS, but has no memory for it
-            if torch.backends.mps.is_available() and torch.zeros(1, device='mps').numel():
-                return torch.device('mps')
-        return torch.device('cpu')
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device must be 'cuda', 'mps', 'cpu' or 'auto', got {name!r}, and {name!r} is not available "
-                         "here; use device='auto' for the best one that is") from error
+    for kind in ('cuda', 'mps', 'cpu') if name == 'auto' else (name,):
+        with contextlib.suppress(RuntimeError, AssertionError, TypeError):
+            return torch.empty(1, device=f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if kind == 'cuda' else kind).device
+    raise ValueError(f"device must be 'cuda', 'mps', 'cpu' or 'auto', got {name!r}, and {name!r} is not available "
+                     "here; use device='auto' for the best one that is")
 
 
 def _device_of(net):
-    if not isinstance(net, NeuralNetwork) and getattr(net, 'device', None) is not None:
-        return torch.device(net.device)  # where it says it is
     tensors = itertools.chain(nn.Module.named_parameters(net), net.named_buffers())
     return next((tensor.device for _, tensor in tensors), torch.device('cpu'))
-
-
-def _moved(net, name):
-    """Moves a network to the device of that name, if there is one. Returns where it is."""
-    if name is not None:
-        net.to(find_device(name))
-        if 'device' in vars(net):
-            net.device = find_device(name)
-    return _device_of(net)
 
 
 def _unwrapped(net):

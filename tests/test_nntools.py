@@ -348,7 +348,6 @@ def test_samples_are_counted_in_inputs_of_parts(tmp_path):
 def test_devices(tmp_path):
     class Plain(nn.Linear):
         criterion = staticmethod(nn.functional.mse_loss)
-        device = None
 
     assert nt.find_device().type in ('cuda', 'mps', 'cpu')
     for name in ('auto', 'cpu', torch.device('cpu')):
@@ -357,10 +356,8 @@ def test_devices(tmp_path):
         assert exp.device.type == exp.net.device.type == expected.type
         assert exp.train_loader.pin_memory is (expected.type == 'cuda')  # only where it helps
         exp.run(1)
-    net = Plain(3, 1)
-    net.device = 'meta'  # where it says it is; it is moved, and says so
-    exp = make(tmp_path / 'plain', net, stats=nt.StatsManager(), device='cpu')
-    assert exp.net.device == torch.device('cpu') == exp.device
+    exp = make(tmp_path / 'plain', Plain(3, 1), stats=nt.StatsManager(), device='cpu')
+    assert exp.device == torch.device('cpu') and exp.evaluate() > 0
 
 
 def test_numbers_of_numpy_and_paths(tmp_path):

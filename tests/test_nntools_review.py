@@ -737,7 +737,7 @@ def test_16_a_plateau_of_something_to_be_large(tmp_path):
     exp = make(tmp_path, stats=Rising(), best_by='accuracy', best_mode='max', scheduler=plateau('max'))
     exp.run(5)
     assert exp.optimizer.param_groups[0]['lr'] == 0.01
-    with pytest.raises(ValueError, match="scheduler has mode='min', but best_mode is 'max'"):
+    with pytest.raises(ValueError, match="mode of the scheduler must be best_mode, 'max', got 'min'"):
         make(tmp_path / 'b', stats=Rising(), best_by='accuracy', best_mode='max', scheduler=plateau('min'))
 
 
@@ -1089,7 +1089,7 @@ def test_28_copies_that_do_not_wait_are_for_cuda(tmp_path, monkeypatch, device, 
 
     asked = []
     exp = make(tmp_path, Elsewhere(), stats=nt.StatsManager())
-    exp.net.device = device
+    monkeypatch.setattr(nt, '_device_of', lambda net: torch.device(device))
     monkeypatch.setattr(torch.Tensor, 'to', to)
     exp.evaluate()
     assert asked and set(asked) == {expected}
