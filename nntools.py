@@ -266,7 +266,7 @@ class Experiment:
                 while self.epoch < num_epochs and not self._stopped:
                     bar.set_description(f'Epoch {self.epoch + 1}/{num_epochs}', refresh=False)
                     self._run_epoch(bar, after_batch)
-                    self._state = _copied_state(self)
+                    self._state, self._stored = _copied_state(self), None
                     _save_new(self, self.epoch % self.save_every == 0 or self.epoch == num_epochs)
                     _say(f'Epoch {self.epoch}/{num_epochs}: {_line(self)} ({self._seconds[-1]:.2f} s)')
                     _call(self, callbacks)
@@ -276,7 +276,7 @@ class Experiment:
                 raise
             finally:
                 self._training = None
-        self._state = None
+        self._state = self._stored = None
         _say(f'{"Stopped after" if self.epoch < num_epochs else "Finish training for"} {self.epoch} epochs')
 
     def _run_epoch(self, bar, after_batch):
@@ -456,6 +456,7 @@ class Experiment:
         if _rank() == 0:
             if not os.path.isfile(self.config_path):
                 _write(self.config_path, f'{self!r}\n'.encode())
+            path is None and _refuse_to_overwrite(self)
             _write(path or self.checkpoint_path, _as_bytes(self._state or self.state_dict()))
             if self.epoch < 2:  # lest a training ends with what can't be read
                 _read(self, path or self.checkpoint_path)
@@ -464,24 +465,22 @@ class Experiment:
 
     def load(self, path=None):
         """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read."""
-        self._written = _written(self.checkpoint_path)
-        state = _read(self, path or self.checkpoint_path)
-        outside = self._training is None  # of a run, which has a state of its own to go back to
+        written, state = _written(self.checkpoint_path), _read(self, path or self.checkpoint_path)
+        before, self._state, self._stored = (self._state, self._stored), state, state  # what an interrupted run goes back to
         try:
             self.load_state_dict(state)
-        except KeyboardInterrupt:  # half of it may be there: the next run begins with the whole
-            if outside:
-                self._state = self._stored = state
+        except ValueError:  # it doesn't fit, and nothing was changed
+            self._state, self._stored = before
             raise
-        if outside:
-            self._state = None
+        self._written = written
+        self._state = self._stored = None if before[0] is None else _copied_state(self)
 
     def load_best(self):
         """Takes the weights of the best epoch (see ``best_by``). History and optimizer stay. RuntimeError: they
-        were not kept, as ``best_by`` or ``best_mode`` was given later."""
+        were not kept, as when ``best_by`` or ``best_mode`` was given later."""
         state = _read(self, self.best_path)
-        if len(state['History']) != _best(self)[0]:
-            raise RuntimeError(f'{self.best_path} is of epoch {len(state["History"])}, but the best one is {_best(self)[0]}')
+        if _best(self)[0] != (epoch := len(state['History'])) <= self.epoch:
+            raise RuntimeError(f'{self.best_path} is of epoch {epoch}, but the best one is {_best(self)[0]}')
         _unwrapped(self.net).load_state_dict(state['Net'])
 
     def setting(self):
@@ -572,19 +571,21 @@ def _begin(exp):
         _go_back(exp)
     exp.seed = _new_seed() if exp.seed is None else exp.seed
     _say(f'Start/Continue training from epoch {exp.epoch}')
-    exp._stopped, exp._checked, exp._training, exp.batch = False, False, False, 0
+    exp._stopped, exp._checked, exp.batch = False, False, 0
     exp.net.eval()
-    exp._state = exp._stored = _copied_state(exp)
+    exp._state = _copied_state(exp)
+    if exp._stored is None:
+        exp._stored = exp._state
 
 
 def _prepare(exp):
     """What is done before the first epoch of a run, once it is sure to come: nothing is written without one."""
     _say_what_is_not_trained(exp)
-    if _rank() == 0:
-        _refuse_to_overwrite(exp)
-        _put_aside_stale_best(exp)
+    _refuse_to_overwrite(exp)  # not only after the first epoch
     if exp.perform_validation_during_training:
-        _try_evaluation(exp)
+        _try_last_batch(exp)
+    _put_aside_stale_best(exp)
+    exp.save()  # the weights may have changed since: another experiment can share them
 
 
 def _save_new(exp, now=True):
@@ -602,7 +603,7 @@ def _go_back(exp):
     exp.batch = 0
     exp.load_state_dict(exp._state)
     _save_new(exp)
-    exp._state = None
+    exp._state = exp._stored = None
 
 
 def _copied_state(exp):
@@ -626,8 +627,8 @@ def _fall_back(exp, error):
     memory = ''
     try:
         _go_back(exp)
-    except OSError as full:  # the next run tries again
-        memory = f', in memory only ({full})'
+    except (OSError, RuntimeError) as failure:
+        exp._state, exp._stored, memory = None, False, f', in memory only ({failure})'  # the next run writes it
     _say(f'{type(error).__name__}: back to epoch {exp.epoch}, the last one finished{memory}. Call run again to go on from there.')
     if _world_size() > 1:
         dist.destroy_process_group()  # so that the others don't wait for this one for ever
@@ -695,23 +696,23 @@ def _say_what_is_not_trained(exp):
     exp._untrained = names
 
 
-def _try_evaluation(exp):
-    """Evaluates one batch, the last one, which may be short, so that what is wrong shows before the first epoch."""
-    loader, data, size, rest = exp.val_loader, exp.val_set, exp.batch_size, 0
-    if type(exp).evaluate is not Experiment.evaluate:
+def _try_last_batch(exp):
+    """Evaluates the last batch, which may be short, so that what is wrong shows before the first epoch."""
+    loader, data = exp.val_loader, exp.val_loader.dataset
+    if (isinstance(data, td.IterableDataset) or not hasattr(data, '__len__') or not loader.batch_size or loader.worker_init_fn
+            or type(exp).evaluate is not Experiment.evaluate):
         return
-    if not isinstance(data, td.DataLoader):
-        full = len(data) // size * size
-        rest = 0 if exp.drop_last_in_evaluation else len(data) - full
-        last = range(full, len(data)) if rest else range(full - size, full)
-        loader = td.DataLoader(td.Subset(data, last), size, collate_fn=exp.collate_fn)
+    short = 0 if loader.drop_last else len(data) % loader.batch_size
+    last = td.Subset(data, range(max(len(data) - (short or loader.batch_size), 0), len(data)))
+    loader = td.DataLoader(last, loader.batch_size, collate_fn=loader.collate_fn)
     try:
         with _one_pass(exp, loader):
-            exp.step(next(_batches(exp, loader)))
+            for batch in _batches(exp, loader):
+                exp.step(batch)
     except RuntimeError as error:
-        if not rest:
+        if not short:
             raise
-        raise RuntimeError(f'the last batch of the evaluation has {rest} samples, others {size}: {error}. '
+        raise RuntimeError(f'the last batch of the evaluation has {len(last)} samples, others {exp.val_loader.batch_size}: {error}. '
                            'If the network can take no fewer, give drop_last_in_evaluation=True') from error
 
 
@@ -890,11 +891,15 @@ def _step_scheduler(exp, entry):
 def find_device(name='auto'):
     """The device of that name, or the best one of this machine: CUDA (under torchrun, this process's
     own), MPS or CPU. Raises ValueError if it is not here."""
-    for kind in ('cuda', 'mps', 'cpu') if name == 'auto' else (name,):
-        with contextlib.suppress(RuntimeError, AssertionError, TypeError):
-            return torch.empty(1, device=f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if kind == 'cuda' else kind).device
+    if name == 'auto' and torch.cuda.is_available():
+        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    for kind in ('mps', 'cpu') if name == 'auto' else (name,):
+        try:
+            return torch.zeros(1, device=kind).device
+        except (RuntimeError, AssertionError, TypeError) as error:  # also of a virtual machine's MPS without memory
+            wrong = error
     raise ValueError(f"device must be 'cuda', 'mps', 'cpu' or 'auto', got {name!r}, and {name!r} is not available "
-                     "here; use device='auto' for the best one that is")
+                     "here; use device='auto' for the best one that is") from wrong
 
 
 def _device_of(net):
@@ -1145,7 +1150,7 @@ def _written(path):
 
 def _refuse_to_overwrite(exp):
     """What another experiment has trained in this folder since this one wrote or read the checkpoint."""
-    if exp._written and _written(exp.checkpoint_path) not in (exp._written, None):
+    if _rank() == 0 and exp._written and _written(exp.checkpoint_path) not in (exp._written, None):
         if (epoch := len(_read(exp, exp.checkpoint_path).get('History', ()))) > exp.epoch:
             raise RuntimeError(f'{exp.checkpoint_path} is now of epoch {epoch}, trained by another experiment; this one is at '
                                f'{exp.epoch}: call load() to go on from there, or give another output_dir')
@@ -1186,7 +1191,7 @@ def load_checkpoint(path, device='cpu', keys=KEYS):
 def _put_aside_stale_best(exp):
     """best.pth.tar is of another epoch than `exp.best` if best_by was changed, or the history."""
     path = getattr(exp, 'best_path', '')
-    if os.path.isfile(path) and len(_read(exp, path)['History']) != _best(exp)[0]:
+    if _rank() == 0 and os.path.isfile(path) and len(_read(exp, path)['History']) != _best(exp)[0]:
         os.replace(path, f'{path}.old')
         _say(f'{path} is not of the best epoch any more: it is now {path}.old')
 

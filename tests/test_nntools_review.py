@@ -4,7 +4,9 @@ This file is also the program that some of them start: ``python test_nntools_rev
 trains until it is told to go on, ``torchrun ... processes FOLDER`` is one of two processes.
 """
 import collections
+import contextlib
 import csv
+import gc
 import importlib
 import json
 import math
@@ -1972,6 +1974,8 @@ def test_what_another_experiment_has_trained_is_not_overwritten(tmp_path):
     saved = content(tmp_path)
     with pytest.raises(RuntimeError, match='now of epoch 3, trained by another experiment; this one is at 1: call load'):
         first.run(2)
+    with pytest.raises(RuntimeError, match='trained by another experiment'):
+        first.save()
     assert content(tmp_path) == saved and first.epoch == 1
     first.load()
     first.run(4)
@@ -2118,6 +2122,16 @@ def test_an_object_that_is_empty_is_called_and_two_are_too(tmp_path):
     assert epochs == [0, 1, 2]
     exp.run(3, epochs, plot=epochs)
     assert epochs[3:] == [2, 2, 3, 3]
+
+
+@pytest.mark.parametrize('error', [False, True])
+def test_a_run_leaves_no_copies_in_memory(tmp_path, error):
+    exp = make(tmp_path, Net(width=1001))
+    with contextlib.suppress(ZeroDivisionError):
+        exp.run(2, lambda e: e.epoch and 1 / (not error))
+    gc.collect()
+    found = [value for value in gc.get_objects() if type(value) in (torch.Tensor, nn.Parameter) and value.shape == (1001, 3)]
+    assert len(found) <= 4, len(found)  # the weights, their gradient, and what Adam keeps
 
 
 def test_each_layer_keeps_its_mode(tmp_path):
