@@ -1885,11 +1885,13 @@ def test_who_only_looks_leaves_the_best_weights(tmp_path):
 
     def look(e):
         if e.epoch == 8:
-            looked.append(make(tmp_path, stats=BestInEpoch7()).epoch)
+            other = make(tmp_path, stats=BestInEpoch7())
+            other.load_best()  # which is later than the checkpoint, and may be used
+            looked.append((other.epoch, len(nt.load_checkpoint(other.best_path)['History'])))
 
     looked, exp = [], make(tmp_path, stats=BestInEpoch7(), save_every=5, best_by='score')
     exp.run(10, look)
-    assert looked == [5] and exp.best == (7, 0)
+    assert looked == [(5, 7)] and exp.best == (7, 0)
     assert len(nt.load_checkpoint(exp.best_path)['History']) == 7
 
 
@@ -2124,14 +2126,72 @@ def test_an_object_that_is_empty_is_called_and_two_are_too(tmp_path):
     assert epochs[3:] == [2, 2, 3, 3]
 
 
+@pytest.mark.parametrize('options', [{}, {'save_every': 3}])
 @pytest.mark.parametrize('error', [False, True])
-def test_a_run_leaves_no_copies_in_memory(tmp_path, error):
-    exp = make(tmp_path, Net(width=1001))
+def test_a_run_keeps_one_copy_in_memory_and_leaves_none(tmp_path, options, error):
+    def count():
+        gc.collect()
+        return sum(type(value) in (torch.Tensor, nn.Parameter) and value.shape == (1001, 3) for value in gc.get_objects())
+
+    exp, counted, before = make(tmp_path, Net(width=1001), **options), [], count()
     with contextlib.suppress(ZeroDivisionError):
-        exp.run(2, lambda e: e.epoch and 1 / (not error))
-    gc.collect()
-    found = [value for value in gc.get_objects() if type(value) in (torch.Tensor, nn.Parameter) and value.shape == (1001, 3)]
-    assert len(found) <= 4, len(found)  # the weights, their gradient, and what Adam keeps
+        exp.run(4, lambda e: e.epoch and (counted.append(count() - before), 1 / (not error or e.epoch < 4)))
+    assert max(counted) <= 6 and count() - before <= 3  # of the gradient, and of what Adam keeps; in a run, of the copy too
+
+
+def test_a_load_that_fails_leaves_the_guard_on(tmp_path):
+    first = make(tmp_path)
+    first.run(1)
+    make(tmp_path).run(3)
+    with pytest.raises(RuntimeError, match='there is no checkpoint'):
+        first.load(tmp_path / 'misspelt')
+    with pytest.raises(RuntimeError, match='now of epoch 3, trained by another experiment'):
+        first.run(2)
+
+
+def test_after_a_full_disk_the_hand_counts(tmp_path, monkeypatch):
+    """What is set by hand after an error is what the next run begins with."""
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    def fill(e):
+        if e.epoch == 2:
+            monkeypatch.setattr(os, 'replace', full)
+
+    exp = make(tmp_path)
+    with pytest.raises(OSError):
+        exp.run(4, fill)
+    monkeypatch.undo()
+    exp.optimizer.param_groups[0]['lr'] = 1e-4
+    rates = []
+    exp.run(4, lambda e: rates.append(e.optimizer.param_groups[0]['lr']))
+    assert rates == [1e-4, 1e-4] and exp.epoch == 4 and make(tmp_path).epoch == 4
+
+
+def test_an_update_by_hand_in_a_callback(tmp_path):
+    def update(e):
+        e.net.train()
+        with torch.enable_grad():
+            e.update(e.net.criterion(e.net(torch.ones(4, 3)), torch.zeros(4, 1)))
+
+    exp, before = make(tmp_path), weights(Net())
+    exp.run(0, update)
+    assert not same(weights(exp.net), before)
+
+
+def test_a_validation_loader_of_a_subclass(tmp_path):
+    class Single(nt.Experiment):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.val_loader = td.DataLoader(Data(7), 1)
+
+        def step(self, batch):
+            assert self.net.training or len(batch[0]) == 1
+            return super().step(batch)
+
+    exp = experiment(tmp_path, Single, perform_validation_during_training=True)
+    exp.run(1)
+    assert exp.epoch == 1
 
 
 def test_each_layer_keeps_its_mode(tmp_path):
