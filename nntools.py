@@ -229,9 +229,7 @@ class Experiment:
         self.allow = (self.allow,) if isinstance(self.allow, str) else tuple(self.allow)
         _check_arguments(self)
         _join_processes()
-        if self.device is not None:
-            self.net.to(find_device(self.device))
-        self.device = _device_of(self.net)
+        self.device = _device_of(self.net if self.device is None else self.net.to(find_device(self.device)))
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
         self.output_dir = os.path.expanduser(self.output_dir or f'experiment_{_from_all(time.time())[0]}')
         self.checkpoint_path, self.best_path, self.config_path = (
@@ -274,8 +272,6 @@ class Experiment:
             except BaseException as error:
                 _fall_back(self, error)
                 raise
-            finally:
-                self._training = None
         self._state = self._stored = None
         _say(f'{"Stopped after" if self.epoch < num_epochs else "Finish training for"} {self.epoch} epochs')
 
@@ -359,7 +355,7 @@ class Experiment:
         """Ends the run after the present epoch: ``if exp.epoch - exp.best[0] >= 10: exp.stop()``."""
         self._stopped = True
 
-    # --- evaluation --------------------------------------------------------------------------------
+    # --- evaluation and history --------------------------------------------------------------------
 
     def evaluate(self, data=None):
         """The summary over all of ``data`` (data set or `DataLoader`; default: the validation set), in
@@ -389,8 +385,6 @@ class Experiment:
                 outputs.append((y[0] if isinstance(y, (tuple, list)) else y).cpu())
                 desired.append(d.cpu() if targets else None)
         return (torch.cat(outputs), torch.cat(desired)) if targets else torch.cat(outputs)
-
-    # --- history -----------------------------------------------------------------------------------
 
     @property
     def epoch(self):
@@ -445,9 +439,8 @@ class Experiment:
         except Exception as error:
             for key, item in items.items():
                 item.load_state_dict(before[key])
-            raise ValueError(f'{self.output_dir} holds another {name}: {error}. Give all groups '
-                             'of an optimizer from the start, and freeze and thaw by requires_grad_ and their rates '
-                             '(README, "Freeze, train, thaw, train on")') from error
+            raise ValueError(f'{self.output_dir} holds another {name}: {error}. Give all groups of an optimizer from the start, '
+                             'and freeze and thaw by requires_grad_ and rates (README, "Freeze, train, thaw, train on")') from error
         self.history, self._seconds = history, list(checkpoint.get('Seconds', [math.nan] * len(history)))
 
     def save(self, path=None):
@@ -465,19 +458,13 @@ class Experiment:
 
     def load(self, path=None):
         """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read."""
-        written, state = _written(self.checkpoint_path), _read(self, path or self.checkpoint_path)
-        before, self._state, self._stored = (self._state, self._stored), state, state  # what an interrupted run goes back to
-        try:
-            self.load_state_dict(state)
-        except ValueError:  # it doesn't fit, and nothing was changed
-            self._state, self._stored = before
-            raise
+        written = _written(self.checkpoint_path)
+        _take(self, _read(self, path or self.checkpoint_path))
         self._written = written
-        self._state = self._stored = None if before[0] is None else _copied_state(self)
 
     def load_best(self):
-        """Takes the weights of the best epoch (see ``best_by``). History and optimizer stay. RuntimeError: they
-        were not kept, as when ``best_by`` or ``best_mode`` was given later."""
+        """Takes the weights of the best epoch (see ``best_by``). History and optimizer stay. RuntimeError: the
+        file is of another epoch, as when ``best_by`` was given later."""
         state = _read(self, self.best_path)
         if _best(self)[0] != (epoch := len(state['History'])) <= self.epoch:
             raise RuntimeError(f'{self.best_path} is of epoch {epoch}, but the best one is {_best(self)[0]}')
@@ -565,13 +552,24 @@ def _take_with_changes(exp, state, changed, old):
             _step_scheduler(exp, entry)
 
 
+def _take(exp, state):
+    """Goes to a state. That is then what a run goes back to, also if this is interrupted."""
+    before, exp._state, exp._stored = (exp._state, exp._stored), state, state
+    try:
+        exp.load_state_dict(state)
+    except ValueError:  # it doesn't fit, and nothing was changed
+        exp._state, exp._stored = before
+        raise
+    exp._state = exp._stored = None if before[0] is None else _copied_state(exp)
+
+
 def _begin(exp):
     """A run starts from a whole state, and remembers it."""
     if exp._state is not None:  # a run was left, and interrupted again on its way back
         _go_back(exp)
     exp.seed = _new_seed() if exp.seed is None else exp.seed
     _say(f'Start/Continue training from epoch {exp.epoch}')
-    exp._stopped, exp._checked, exp.batch = False, False, 0
+    exp._stopped, exp._checked, exp._training, exp.batch = False, False, None, 0
     exp.net.eval()
     exp._state = _copied_state(exp)
     if exp._stored is None:
@@ -667,6 +665,11 @@ def _check_arguments(exp):
         if field.type is int and value is not None:
             _check_whole(field.name, value, 0 if field.name in ('seed', 'num_workers') else 1)
             setattr(exp, field.name, int(value))
+    _check_combinations(exp)
+
+
+def _check_combinations(exp):
+    """Raises ValueError for arguments that don't go together."""
     own, clip = [p for _, p in nn.Module.named_parameters(exp.net)], exp.grad_clip
     taken = exp.also_save.keys() & (KEYS | {'Scheduler', 'Scaler', 'Seconds', 'Best', 'Setting', 'Format'})
     for wrong, message in (

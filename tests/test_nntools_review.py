@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -70,6 +71,65 @@ def test_01_two_presses_of_ctrl_c_change_nothing(tmp_path):
     from test_nntools_resume import command
     result = command('presses', tmp_path, 40)
     assert result['double presses'] >= 40 and result['trainings'] >= 4, result
+
+
+def interrupted(function, *moments):
+    """Calls it, with a KeyboardInterrupt at the n-th line of nntools that it comes to; then at the n-th line of the fall-back,
+    for each further n given. Returns at how many lines it was."""
+    left, lines, fall_back = list(moments), 0, nt._fall_back
+
+    def at_a_line(frame, event, _):
+        nonlocal lines
+        lines += event == 'line'
+        if event == 'line' and left and lines == left[0]:
+            del left[0]
+            raise KeyboardInterrupt  # Python stops tracing then
+        return at_a_line
+
+    def trace():
+        sys.settrace(lambda frame, *_: at_a_line if frame.f_code.co_filename == nt.__file__ else None)
+
+    def traced_fall_back(*args):
+        nonlocal lines
+        lines = 0
+        trace()
+        fall_back(*args)
+
+    nt._fall_back = traced_fall_back
+    try:
+        trace()
+        function()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+        nt._fall_back = fall_back
+    return lines
+
+
+@pytest.mark.parametrize('options', [{}, {'save_every': 3, 'best_by': 'loss'},
+                                     {'save_every': 2, 'best_by': 'loss', 'perform_validation_during_training': True}])
+def test_01_interrupts_at_any_line_change_nothing(tmp_path, options):
+    """Twice in a run, the second time in the fall-back; then in the next run, which begins with going back; or in a load before."""
+    moments = random.Random(0)
+    whole = make(tmp_path / 'whole', **options)
+    whole.run(2)
+    lines = interrupted(lambda: whole.run(4))
+    for k in range(40):
+        exp = make(tmp_path / str(k), **options)
+        exp.run(2)
+        first = moments.choice([moments.randrange(1, lines), moments.randrange(1, 60), lines - moments.randrange(60)])
+        if k % 3 == 2:
+            interrupted(exp.load, moments.randrange(1, 30))
+        for _ in range(1 + k % 2):
+            interrupted(lambda: exp.run(4), first, moments.randrange(1, 40))  # noqa: B023
+            first = moments.randrange(1, 40)
+        exp.run(4)
+        for name in content(tmp_path / 'whole').keys() - {'config.txt'}:
+            a, b = (nt.load_checkpoint(e.checkpoint_path.replace('checkpoint.pth.tar', name)) for e in (whole, exp))
+            assert same(a | {'Seconds': 0}, b | {'Seconds': 0}), (k, first, name)
+        assert same(end(whole), end(exp)), (k, first)
+        assert content(tmp_path / str(k)).keys() == content(tmp_path / 'whole').keys(), (k, first)
 
 
 @pytest.mark.parametrize('where', ['save', 'run'])
