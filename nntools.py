@@ -118,8 +118,8 @@ class StatsManager:
     ``metrics`` is a dict of name to function of (y, d), which returns a value for each sample, (N,) or
     (N, ...), or one for the batch; they are averaged over the samples. For more, extend three methods:
     ``init`` begins a pass (with new lists; it doesn't clear those of the last one), ``accumulate`` adds a
-    batch, ``summarize`` returns a dict. What they count stays readable after the pass. Under torchrun
-    every process adds the batches of all.
+    batch, ``summarize`` returns a dict. What they count stays readable after the pass. Under torchrun,
+    in training, every process adds the batches of all.
     """
     _metrics = {}
 
@@ -187,8 +187,8 @@ class StatsManager:
 class Experiment:
     """Trains a network and keeps, in one folder, all that is needed to go on later.
 
-    If ``output_dir`` already holds a checkpoint, it is loaded, after a check that it was made with the
-    same settings; else a first one is written, at epoch 0. TypeError and ValueError say which argument
+    If ``output_dir`` already holds a checkpoint of some epochs, it is loaded, after a check that it was made
+    with the same settings; else a first one is written, at epoch 0. TypeError and ValueError say which argument
     is wrong, RuntimeError that the checkpoint can't be read, OSError that the folder can't be written.
     Meant to be overridden: `step`, `setting`, `state_dict`, `load_state_dict`; set what these use first.
     """
@@ -198,7 +198,7 @@ class Experiment:
     optimizer: torch.optim.Optimizer  # of ``net``; not LBFGS, whose step needs a closure
     stats_manager: StatsManager
     output_dir: str = None  # the folder (default: ``experiment_`` and the time), shared by all machines
-    batch_size: int = 16  # samples of a batch, over all processes
+    batch_size: int = 16  # samples of a batch, in training over all processes
     perform_validation_during_training: bool = False  # `history` then has pairs (training, validation)
     _: dataclasses.KW_ONLY
     seed: int = None  # of batch order, dropout, noise; default: the checkpoint's, at first from torch's generator
@@ -217,9 +217,9 @@ class Experiment:
     also_save: dict = None  # name to what has state_dict and load_state_dict: a second optimizer, averages
     allow: tuple = ()  # settings that may differ from the checkpoint's: ``('Optimizer', 'Scheduler')``
 
-    # For subclasses of 2019, which need not call __init__. Of a run: the state that it goes back to, and the one on disk.
-    train_loader = val_loader = _scheduler = _state = _stored = _written = _untrained = _training = None
-    batch, _seconds, _stopped, _checked = 0, (), False, False
+    # For subclasses of 2019, which need not call __init__. (_state: what a run goes back to; _stored: whether that is on disk.)
+    train_loader = val_loader = _scheduler = _state = _written = _untrained = _training = None
+    batch, _seconds, _stored, _running, _stopped, _checked = 0, (), True, False, False, False
     _scaler = torch.amp.GradScaler(enabled=False)
 
     def __post_init__(self, scheduler):
@@ -259,12 +259,12 @@ class Experiment:
             try:
                 _begin(self)
                 _call(self, callbacks)
-                if self.epoch < num_epochs and not self._stopped:
-                    _prepare(self)
                 while self.epoch < num_epochs and not self._stopped:
+                    if not self._checked:  # the first epoch of this run
+                        _prepare(self)
                     bar.set_description(f'Epoch {self.epoch + 1}/{num_epochs}', refresh=False)
                     self._run_epoch(bar, after_batch)
-                    self._state, self._stored = _copied_state(self), None
+                    self._stored, self._state = False, _copied_state(self)
                     _save_new(self, self.epoch % self.save_every == 0 or self.epoch == num_epochs)
                     _say(f'Epoch {self.epoch}/{num_epochs}: {_line(self)} ({self._seconds[-1]:.2f} s)')
                     _call(self, callbacks)
@@ -272,11 +272,12 @@ class Experiment:
             except BaseException as error:
                 _fall_back(self, error)
                 raise
-        self._state = self._stored = None
+            finally:
+                self._running = False
+        self._state = None
         _say(f'{"Stopped after" if self.epoch < num_epochs else "Finish training for"} {self.epoch} epochs')
 
     def _run_epoch(self, bar, after_batch):
-        """Trains for one epoch, validates, and adds an entry to the history."""
         start, gradients, step = time.time(), torch.enable_grad(), self.step
         if self.precision != 'float32':  # without a cache of cast weights, as a step can update twice
             step = torch.autocast(_device_of(self.net).type, getattr(torch, self.precision), cache_enabled=False)(step)
@@ -364,7 +365,7 @@ class Experiment:
         loader = self.val_loader if data is None else _loader(self, data)
         if loader is None:
             raise ValueError('there is nothing to evaluate: val_set is None; pass a data set')
-        stats = copy.copy(self.stats_manager) if self.batch else self.stats_manager  # called by a step, or not
+        stats = copy.copy(self.stats_manager) if self.batch else self.stats_manager  # in the middle of an epoch, or not
         stats.init()
         with _one_pass(self, loader):
             for batch in _batches(self, loader):
@@ -404,18 +405,17 @@ class Experiment:
 
     def table(self):
         """The history as a list of flat dicts, one an epoch: ``epoch``, the training statistics, the
-        validation statistics with ``val_`` before their names, and ``seconds``; numbers and lists."""
+        validation statistics with ``val_`` before their names, and ``seconds``; tensors as numbers and lists."""
         seconds = [*self._seconds, *[math.nan] * self.epoch]
         return [{'epoch': k + 1, **_row(self, self.history[k]), 'seconds': seconds[k]} for k in range(self.epoch)]
 
     def to_csv(self, path):
         """Writes `table` to a CSV file."""
-        rows = Experiment.table(self)
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(path, 'w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        rows, text = Experiment.table(self), io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        _write(path, text.getvalue().encode())
 
     # --- checkpoints -------------------------------------------------------------------------------
 
@@ -427,7 +427,7 @@ class Experiment:
 
     def load_state_dict(self, checkpoint):
         """Takes over a state that `state_dict` returned, or one of the original helper. ValueError: it
-        doesn't fit network or optimizer; everything is left as it was."""
+        doesn't fit what is here; everything is left as it was."""
         if missing := sorted({'Net', 'History', *(self.also_save or ())} - checkpoint.keys() - set(self.allow)):
             raise ValueError(f'the checkpoint has no {", ".join(missing)}; allow={tuple(missing)!r} begins with what is given')
         items = {name: item for name, item in _items(self).items() if name in checkpoint}
@@ -444,20 +444,22 @@ class Experiment:
         self.history, self._seconds = history, list(checkpoint.get('Seconds', [math.nan] * len(history)))
 
     def save(self, path=None):
-        """Writes a checkpoint (default: ``checkpoint.pth.tar``) of the last finished epoch, all of it or
-        nothing; and beside the first one ``config.txt``, for people."""
+        """Writes a checkpoint (default: ``checkpoint.pth.tar``), all of it or nothing: of the present state,
+        or in a run of the last finished epoch. Where ``config.txt``, for people, is missing, it is written too."""
         if _rank() == 0:
             if not os.path.isfile(self.config_path):
                 _write(self.config_path, f'{self!r}\n'.encode())
-            path is None and _refuse_to_overwrite(self)
+            if path is None:
+                _refuse_to_overwrite(self)
             _write(path or self.checkpoint_path, _as_bytes(self._state or self.state_dict()))
             if self.epoch < 2:  # lest a training ends with what can't be read
                 _read(self, path or self.checkpoint_path)
         if path is None:
-            self._stored, self._written = self._state, _written(self.checkpoint_path)
+            self._stored, self._written = True, _written(self.checkpoint_path)
 
     def load(self, path=None):
-        """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read."""
+        """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read; ValueError:
+        it doesn't fit."""
         written = _written(self.checkpoint_path)
         _take(self, _read(self, path or self.checkpoint_path))
         self._written = written
@@ -511,7 +513,7 @@ def _items(exp):
 def _open(exp):
     """Goes on from the checkpoint in the folder, if its settings agree, or writes the first one."""
     exp._written = _written(exp.checkpoint_path)
-    stored = _read(exp, exp.checkpoint_path) if _from_all(os.path.isfile(exp.checkpoint_path))[0] else {}
+    stored = _read(exp, exp.checkpoint_path) if _from_all(exp._written)[0] else {}
     stored = stored if stored.get('History', stored) else {}  # of no epoch: what is given now counts
     old = (stored.get('Setting') or _settings_of_config(exp.config_path)) if stored else {}
     exp.seed = old.get('Seed', _new_seed()) if exp.seed is None else exp.seed
@@ -521,8 +523,7 @@ def _open(exp):
     exp.val_loader = None if exp.val_set is None else _loader(exp, exp.val_set)
     _follow_first(exp)
     differences = _compare_settings(exp, old, stored)
-    if not differences.keys() <= set(exp.allow):
-        lines = [line for name in differences if name not in exp.allow for line in differences[name]]
+    if lines := [line for name in differences if name not in exp.allow for line in differences[name]]:
         raise ValueError('\n  '.join([f'{exp.output_dir} holds a checkpoint made with other settings:', *lines])
                          + '\nUse the stored settings, or another output_dir to start anew; '
                          f'allow={tuple(differences)!r} goes on with the new ones.')
@@ -537,15 +538,15 @@ def _read(exp, path):
 
 
 def _take_with_changes(exp, state, changed, old):
-    """Takes a state, but of what ``changed`` (names of items) what was given: of an optimizer its options, with the
-    schedule as if from the first epoch, of anything else all."""
+    """Takes a state, but of what ``changed`` (names of items) what was given: of an optimizer of the same class
+    its options, with the schedule as if from the first epoch, of anything else all."""
     changed = changed | {'Optimizer', 'Scheduler'} if changed & {'Optimizer', 'Scheduler'} else changed
     optimizers = {name: item for name, item in _items(exp).items() if name in changed and hasattr(item, 'param_groups')}
-    given = [dict(group, params=None) for item in optimizers.values() for group in item.param_groups]
+    given = [dict(group) for item in optimizers.values() for group in item.param_groups]
     of_use = {name for name, item in optimizers.items() if old.get(name) == type(item).__name__}
     exp.load_state_dict({name: value for name, value in state.items() if name in of_use or name not in changed})
     for group, options in zip((group for item in optimizers.values() for group in item.param_groups), given):
-        group.update(options, params=group['params'])
+        group.update(options)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch misses the steps of the optimizer
         for entry in exp.history if 'Scheduler' in changed else ():
@@ -553,43 +554,40 @@ def _take_with_changes(exp, state, changed, old):
 
 
 def _take(exp, state):
-    """Goes to a state. That is then what a run goes back to, also if this is interrupted."""
-    before, exp._state, exp._stored = (exp._state, exp._stored), state, state
+    """Goes to a state. It is what the next run begins with if this is interrupted, and what the present one goes back to."""
+    before, exp._state, exp._stored = (exp._state, exp._stored), state, True
     try:
         exp.load_state_dict(state)
     except ValueError:  # it doesn't fit, and nothing was changed
         exp._state, exp._stored = before
         raise
-    exp._state = exp._stored = None if before[0] is None else _copied_state(exp)
+    exp._state = _copied_state(exp) if exp._running else None
 
 
 def _begin(exp):
     """A run starts from a whole state, and remembers it."""
-    if exp._state is not None:  # a run was left, and interrupted again on its way back
+    if exp._state is not None:  # a run or `load` was left, and interrupted on its way back
         _go_back(exp)
     exp.seed = _new_seed() if exp.seed is None else exp.seed
     _say(f'Start/Continue training from epoch {exp.epoch}')
-    exp._stopped, exp._checked, exp._training, exp.batch = False, False, None, 0
+    exp._running, exp._stopped, exp._checked, exp._training = True, False, False, None
     exp.net.eval()
     exp._state = _copied_state(exp)
-    if exp._stored is None:
-        exp._stored = exp._state
 
 
 def _prepare(exp):
-    """What is done before the first epoch of a run, once it is sure to come: nothing is written without one."""
+    """What comes before the first epoch of a run, once it is sure to come: a run without one changes no file."""
     _say_what_is_not_trained(exp)
-    _refuse_to_overwrite(exp)  # not only after the first epoch
     if exp.perform_validation_during_training:
         _try_last_batch(exp)
-    _put_aside_stale_best(exp)
     exp.save()  # the weights may have changed since: another experiment can share them
+    _put_aside_stale_best(exp)
 
 
 def _save_new(exp, now=True):
     """Saves the epoch just finished, if it is not on disk. The best goes first: if a kill comes between the
     two, the epoch is done again, and both are written again."""
-    if exp._state is not exp._stored:
+    if not exp._stored:
         if exp.best_by is not None and _best(exp)[0] == exp.epoch:
             exp.save(exp.best_path)
         if now:
@@ -601,13 +599,11 @@ def _go_back(exp):
     exp.batch = 0
     exp.load_state_dict(exp._state)
     _save_new(exp)
-    exp._state = exp._stored = None
+    exp._state = None
 
 
-def _copied_state(exp):
-    state = exp.state_dict()  # but for the entries of the history, which don't change
-    lists = [state[name] for name in ('History', 'Seconds') if name in state]
-    return copy.deepcopy(state, {id(entries): list(entries) for entries in lists})
+def _copied_state(exp):  # but for the entries of the history, which don't change
+    return copy.deepcopy(exp.state_dict(), {id(exp.history): list(exp.history)})
 
 
 def _call(exp, callbacks):
@@ -626,7 +622,7 @@ def _fall_back(exp, error):
     try:
         _go_back(exp)
     except (OSError, RuntimeError) as failure:
-        exp._state, exp._stored, memory = None, False, f', in memory only ({failure})'  # the next run writes it
+        exp._state, memory = None, f', in memory only ({failure})'  # the next run writes it
     _say(f'{type(error).__name__}: back to epoch {exp.epoch}, the last one finished{memory}. Call run again to go on from there.')
     if _world_size() > 1:
         dist.destroy_process_group()  # so that the others don't wait for this one for ever
@@ -710,12 +706,11 @@ def _try_last_batch(exp):
     loader = td.DataLoader(last, loader.batch_size, collate_fn=loader.collate_fn)
     try:
         with _one_pass(exp, loader):
-            for batch in _batches(exp, loader):
-                exp.step(batch)
+            exp.step(next(_batches(exp, loader)))
     except RuntimeError as error:
         if not short:
             raise
-        raise RuntimeError(f'the last batch of the evaluation has {len(last)} samples, others {exp.val_loader.batch_size}: {error}. '
+        raise RuntimeError(f'the last batch of the evaluation has {short} samples, others {loader.batch_size}: {error}. '
                            'If the network can take no fewer, give drop_last_in_evaluation=True') from error
 
 
@@ -726,11 +721,9 @@ def _check_statistics(exp):
         summary = copy.deepcopy(exp.stats_manager).summarize()  # which can end a pass
     except Exception:  # a lock that can't be copied, or statistics for which one batch is too little
         return
-    summary = _kept(summary)
-    if not exp.perform_validation_during_training:
-        _check_names(exp, summary)
-    elif type(exp).evaluate is Experiment.evaluate:  # another one can have other statistics
-        _check_names(exp, (summary, summary))
+    summary, validates = _kept(summary), exp.perform_validation_during_training
+    if not validates or type(exp).evaluate is Experiment.evaluate:  # another one can have other statistics
+        _check_names(exp, (summary, summary) if validates else summary)
 
 
 def _check_names(exp, entry):
@@ -941,7 +934,7 @@ def _tensors(batch):
 
 
 class _Share(td.RandomSampler):
-    """All samples in random order; of each batch, every process has its share."""
+    """Samples in random order, each at most once; of each batch, every process has its share."""
 
     def __iter__(self):
         return itertools.islice(super().__iter__(), _rank(), len(self) * _world_size(), _world_size())
@@ -976,10 +969,9 @@ def _size(data):
 
 
 def _batches(exp, loader):
-    """The batches of a loader, on the network's device."""
     device, batch = _device_of(exp.net), None
-    for batch in loader:  # which gives them on the CPU
-        yield batch if device.type == 'cpu' else _to(batch, device)
+    for batch in loader:
+        yield batch if device.type == 'cpu' else _to(batch, device)  # where loaders give them
     if batch is None:
         raise ValueError('the data gave no batch: it is empty, or shorter than one batch that may not be short')
 
@@ -1018,8 +1010,9 @@ def _one_pass(exp, loader, epoch=0):
     owners = [loader, getattr(loader, 'sampler', None), getattr(loader, 'batch_sampler', None)]
     owners.append(getattr(owners[-1], 'sampler', None))
     generators = [(g, g.get_state()) for g in {getattr(owner, 'generator', None) for owner in owners} - {None}]
-    before, devices = (random.getstate(), np.random.get_state()), range(torch.cuda.is_initialized())
-    with torch.no_grad(), _modes_kept(exp.net), torch.random.fork_rng([torch.cuda.current_device() for _ in devices]):
+    before = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.no_grad(), _modes_kept(exp.net), torch.random.fork_rng(devices):
         torch.manual_seed(mixed)
         np.random.seed(mixed % 2**32)
         random.seed(mixed)
@@ -1153,7 +1146,7 @@ def _written(path):
 
 def _refuse_to_overwrite(exp):
     """What another experiment has trained in this folder since this one wrote or read the checkpoint."""
-    if _rank() == 0 and exp._written and _written(exp.checkpoint_path) not in (exp._written, None):
+    if exp._written and _written(exp.checkpoint_path) not in (exp._written, None):
         if (epoch := len(_read(exp, exp.checkpoint_path).get('History', ()))) > exp.epoch:
             raise RuntimeError(f'{exp.checkpoint_path} is now of epoch {epoch}, trained by another experiment; this one is at '
                                f'{exp.epoch}: call load() to go on from there, or give another output_dir')
@@ -1218,9 +1211,8 @@ def _settings_of_config(path):
         return _plain(text)
 
     settings, pieces = {}, []
-    if os.path.isfile(path):
-        with open(path, encoding='utf-8', errors='replace') as file:
-            pieces = re.split(r'^(\w+)\(', file.read(), flags=re.MULTILINE)[1:]
+    with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as file:
+        pieces = re.split(r'^(\w+)\(', file.read(), flags=re.MULTILINE)[1:]
     for name, text in zip(pieces[::2], (piece.strip()[:-1].strip() for piece in pieces[1::2])):
         head, *groups = text.split('Parameter Group')
         called = re.match(r'(\w+) ?\(', head) if name not in ('TrainSet', 'ValSet') else None  # a network or optimizer

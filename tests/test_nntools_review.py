@@ -104,6 +104,7 @@ def interrupted(function, *moments):
     finally:
         sys.settrace(None)
         nt._fall_back = fall_back
+    torch.set_grad_enabled(True)  # such an interrupt can come between the body of a `with` and its end; a real one does not
     return lines
 
 
@@ -130,6 +131,17 @@ def test_01_interrupts_at_any_line_change_nothing(tmp_path, options):
             assert same(a | {'Seconds': 0}, b | {'Seconds': 0}), (k, first, name)
         assert same(end(whole), end(exp)), (k, first)
         assert content(tmp_path / str(k)).keys() == content(tmp_path / 'whole').keys(), (k, first)
+
+
+@pytest.mark.parametrize('line', range(8, 24, 4))
+def test_01_after_two_presses_and_a_load_the_hand_counts(tmp_path, line):
+    exp, rates = make(tmp_path), []
+    exp.run(2)
+    interrupted(lambda: exp.run(4), 150, line)  # the second one in the fall-back
+    exp.load()
+    exp.optimizer.param_groups[0]['lr'] = 1e-4
+    exp.run(3, lambda e: rates.append(e.optimizer.param_groups[0]['lr']))
+    assert rates == [1e-4, 1e-4]
 
 
 @pytest.mark.parametrize('where', ['save', 'run'])
