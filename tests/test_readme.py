@@ -316,8 +316,9 @@ def test_the_results_are_those_of_the_stored_scores():
     scores = du.read_scores(HERE / 'checkpoints' / 'scores.csv', 'test')
     table = [[cell.strip() for cell in row.split('|')[1:-1]] for row in README.splitlines() if row.startswith('| D') or row.startswith('| U')]
     rows = [row for row in table if len(row) == 8]
-    assert len(rows) == 6
-    for name, row in zip(('dncnn', 'udncnn', 'dudncnn', 'dncnn_course', 'dncnn_14', 'dncnn_course_assignment'), rows):
+    names = 'dncnn', 'udncnn', 'dudncnn', 'dncnn_course', 'dncnn_14', 'dncnn_course_assignment', 'dncnn_400', 'dudncnn_400'
+    assert len(rows) == len(names)
+    for name, row in zip(names, rows):
         values = scores[name]
         error = values.mean(axis=0).std(ddof=1) / values.shape[1] ** 0.5
         assert row[3] == f'{values.mean():.2f} ± {error:.2f}', row
