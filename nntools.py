@@ -460,9 +460,7 @@ class Experiment:
     def load(self, path=None):
         """Goes back to a checkpoint (default: the last), history and all. RuntimeError: it can't be read; ValueError:
         it doesn't fit."""
-        written = _written(self.checkpoint_path)
-        _take(self, _read(self, path or self.checkpoint_path))
-        self._written = written
+        _take(self, path or self.checkpoint_path)
 
     def load_best(self):
         """Takes the weights of the best epoch (see ``best_by``). History and optimizer stay. RuntimeError: the
@@ -553,15 +551,16 @@ def _take_with_changes(exp, state, changed, old):
             _step_scheduler(exp, entry)
 
 
-def _take(exp, state):
-    """Goes to a state. It is what the next run begins with if this is interrupted, and what the present one goes back to."""
-    before, exp._state, exp._stored = (exp._state, exp._stored), state, True
+def _take(exp, path):
+    """Goes to a checkpoint. It is what the next run begins with if this is interrupted, and what the present one goes back to."""
+    written, state, before = _written(exp.checkpoint_path), _read(exp, path), (exp._state, exp._stored)
+    exp._state, exp._stored = state, True
     try:
         exp.load_state_dict(state)
     except ValueError:  # it doesn't fit, and nothing was changed
         exp._state, exp._stored = before
         raise
-    exp._state = _copied_state(exp) if exp._running else None
+    exp._state, exp._written = _copied_state(exp) if exp._running else None, written
 
 
 def _begin(exp):
@@ -580,6 +579,7 @@ def _prepare(exp):
     _say_what_is_not_trained(exp)
     if exp.perform_validation_during_training:
         _try_last_batch(exp)
+    _save_new(exp)
     exp.save()  # the weights may have changed since: another experiment can share them
     _put_aside_stale_best(exp)
 
@@ -595,10 +595,8 @@ def _save_new(exp, now=True):
 
 
 def _go_back(exp):
-    """Returns to the last epoch that was finished, and saves it if it is not on disk."""
     exp.batch = 0
     exp.load_state_dict(exp._state)
-    _save_new(exp)
     exp._state = None
 
 
@@ -616,13 +614,15 @@ def _call(exp, callbacks):
 
 
 def _fall_back(exp, error):
+    """Returns to the last epoch that was finished, and saves it if it is not on disk."""
     if exp._state is None:  # nothing has been done yet
         return
+    _go_back(exp)
     memory = ''
     try:
-        _go_back(exp)
-    except (OSError, RuntimeError) as failure:
-        exp._state, memory = None, f', in memory only ({failure})'  # the next run writes it
+        _save_new(exp)
+    except (OSError, RuntimeError) as failure:  # the next run tries again
+        memory = f', in memory only ({failure})'
     _say(f'{type(error).__name__}: back to epoch {exp.epoch}, the last one finished{memory}. Call run again to go on from there.')
     if _world_size() > 1:
         dist.destroy_process_group()  # so that the others don't wait for this one for ever

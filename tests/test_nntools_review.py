@@ -1131,28 +1131,15 @@ def test_27_the_home_folder(tmp_path, monkeypatch):
     assert Path(exp.checkpoint_path).is_absolute()
 
 
-class Elsewhere(nn.Module):
-    """Says that it is where it is told."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.device = nn.Linear(3, 1), 'cpu'
-
-    def forward(self, x):
-        return self.layer(x)
-
-    def criterion(self, y, d):
-        return nn.functional.mse_loss(y, d)
-
-
-def test_28_the_steps_of_adam_stay_on_the_cpu(tmp_path):
+def test_28_the_steps_of_adam_stay_on_the_cpu(tmp_path, monkeypatch):
     """They would go where the file is mapped to."""
-    exp = make(tmp_path, Elsewhere(), stats=nt.StatsManager())
+    exp = make(tmp_path)
     exp.run(1)
-    exp.net.device = 'meta'  # as a GPU that is not here
+    monkeypatch.setattr(nt, '_device_of', lambda net: torch.device('meta'))  # as a GPU that is not here
+    exp.device = torch.device('meta')
     exp.load()
     steps = [state['step'] for state in exp.optimizer.state.values()]
-    assert len(steps) == 2 and all(step.device.type == 'cpu' and step == 5 for step in steps)
+    assert len(steps) == 6 and all(step.device.type == 'cpu' and step == 5 for step in steps)
 
 
 @pytest.mark.parametrize('device, expected', [('cuda', True), ('mps', False)])
@@ -1162,7 +1149,7 @@ def test_28_copies_that_do_not_wait_are_for_cuda(tmp_path, monkeypatch, device, 
         return tensor
 
     asked = []
-    exp = make(tmp_path, Elsewhere(), stats=nt.StatsManager())
+    exp = make(tmp_path, stats=nt.StatsManager())
     monkeypatch.setattr(nt, '_device_of', lambda net: torch.device(device))
     monkeypatch.setattr(torch.Tensor, 'to', to)
     exp.evaluate()
@@ -2219,6 +2206,25 @@ def test_a_load_that_fails_leaves_the_guard_on(tmp_path):
         first.load(tmp_path / 'misspelt')
     with pytest.raises(RuntimeError, match='now of epoch 3, trained by another experiment'):
         first.run(2)
+
+
+def test_an_error_on_the_way_back_is_no_full_disk(tmp_path):
+    """The next run tries again, and does not begin with what is half put back."""
+    class Broken(nt.Experiment):
+        def load_state_dict(self, checkpoint):
+            if len(tried) < 2:
+                tried.append(self.net.out.bias.data.fill_(math.nan))
+                raise RuntimeError('half')
+            super().load_state_dict(checkpoint)
+
+    tried, exp, whole = [], experiment(tmp_path / 'a', Broken), experiment(tmp_path / 'b')
+    with pytest.raises(RuntimeError, match='half'):
+        exp.run(2, lambda e: e.epoch and 1 / 0)
+    with pytest.raises(RuntimeError, match='half'):
+        exp.run(3)
+    exp.run(3)
+    whole.run(3)
+    assert same(end(whole), end(exp))
 
 
 def test_after_a_full_disk_the_hand_counts(tmp_path, monkeypatch):
