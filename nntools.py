@@ -30,7 +30,6 @@ ECE 285 (C. Deledalle, 2019): its programs and checkpoints keep working.
 """
 import ast
 import atexit
-import codecs
 import contextlib
 import copy
 import csv
@@ -1199,8 +1198,7 @@ def _numpy_scalars():
     scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     return [(function, f'numpy.{core}.multiarray.{name}') for core in ('core', '_core')
             for function, name in ((scalar, 'scalar'), (array, '_reconstruct'))] + [
-        (codecs.encode, '_codecs.encode'), np.dtype, np.ndarray,
-        *{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'}]
+        np.dtype, np.ndarray, *{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'}]
 
 
 def _settings_of_config(path):
