@@ -316,7 +316,7 @@ def test_the_results_are_those_of_the_stored_scores():
     scores = du.read_scores(HERE / 'checkpoints' / 'scores.csv', 'test')
     table = [[cell.strip() for cell in row.split('|')[1:-1]] for row in README.splitlines() if row.startswith('| D') or row.startswith('| U')]
     rows = [row for row in table if len(row) == 8]
-    names = 'dncnn', 'udncnn', 'dudncnn', 'dncnn_course', 'dncnn_14', 'dncnn_course_assignment', 'dncnn_400', 'dudncnn_400'
+    names = 'dncnn', 'udncnn', 'dudncnn', 'dncnn_course', 'dncnn_14', 'dncnn_course_assignment', 'dncnn_400', 'udncnn_400', 'dudncnn_400'
     assert len(rows) == len(names)
     for name, row in zip(names, rows):
         values = scores[name]
