@@ -438,8 +438,9 @@ class Experiment:
         except Exception as error:
             for key, item in items.items():
                 item.load_state_dict(before[key])
-            raise ValueError(f'{self.output_dir} holds another {name}: {error}. Give all groups of an optimizer from the start, '
-                             'and freeze and thaw by requires_grad_ and rates (README, "Freeze, train, thaw, train on")') from error
+            raise ValueError(f'{self.output_dir} holds another {name}: {error}. Give all groups of '
+                             'an optimizer from the start, and freeze and thaw by requires_grad_ '
+                             'and by rates') from error
         self.history, self._seconds = history, list(checkpoint.get('Seconds', [math.nan] * len(history)))
 
     def save(self, path=None):
