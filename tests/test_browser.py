@@ -2,6 +2,7 @@
 
 BROWSER_FULL=1 also restarts the kernel and runs the whole notebook there (minutes).
 """
+import contextlib
 import json
 import os
 import re
@@ -16,37 +17,42 @@ from pathlib import Path
 import nbformat
 import pytest
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parents[1]
 NOTEBOOK = HERE / os.environ.get('NOTEBOOK', 'Assignment4.ipynb')
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-CHROMIUM = os.environ.get('CHROMIUM', CHROMIUM)
-ARGUMENTS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
-             '--disable-component-update --disable-sync').split()
+CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which(
+    'chromium-browser') or shutil.which('google-chrome')
+ARGUMENTS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+             '--disable-background-networking', '--disable-component-update', '--disable-sync']
 
 sync_api = pytest.importorskip('playwright.sync_api', reason='Playwright is not installed')
 pytestmark = [
-    pytest.mark.skipif(not CHROMIUM, reason='no Chromium here (Debian: apt install chromium; or set CHROMIUM)'),
+    pytest.mark.skipif(
+        not CHROMIUM,
+        reason='no Chromium here (Debian: apt install chromium; or set CHROMIUM)'),
     pytest.mark.skipif(not NOTEBOOK.is_file(), reason=f'there is no {NOTEBOOK.name}')]
 
 
 def copy_of_the_project(folder, live_only):
-    """Notebook, modules and networks in a folder of their own; perhaps only the cells tagged live."""
+    """Notebook, modules and networks in a folder of their own; perhaps only the live cells.
+
+    Returns how many code cells the notebook there has."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == 'code']
     if live_only:
-        last = next((k for k, cell in enumerate(code) if 'live.run(' in cell.source), None)
-        assert last is not None, 'no cell of the notebook trains live: none contains live.run('
-        tagged = [cell for cell in code[:last] if 'live' in cell.metadata.get('tags', [])]
-        notebook.cells = (tagged or code[:last]) + [code[last]]
-    for cell in notebook.cells:
-        if cell.cell_type == 'code':
-            cell.outputs, cell.execution_count = [], None
+        trains = [k for k, cell in enumerate(code) if 'live.run(' in cell.source]
+        assert trains, 'no cell of the notebook trains live: none contains live.run('
+        before = code[:trains[0]]
+        tagged = [cell for cell in before if 'live' in cell.metadata.get('tags', [])]
+        code = [*(tagged or before), code[trains[0]]]
+        notebook.cells = code
+    for cell in code:
+        cell.outputs = []
+        cell.execution_count = None
     nbformat.write(notebook, folder / NOTEBOOK.name)
     for module in ('nntools.py', 'denoising_utils.py'):
         shutil.copy(HERE / module, folder)
-    if (HERE / 'checkpoints').is_dir():
-        shutil.copytree(HERE / 'checkpoints', folder / 'checkpoints')
-    return len([cell for cell in notebook.cells if cell.cell_type == 'code'])
+    shutil.copytree(HERE / 'checkpoints', folder / 'checkpoints')
+    return len(code)
 
 
 class Lab:
@@ -56,7 +62,7 @@ class Lab:
         self.page, self.folder = page, folder
 
     def wait(self, condition, seconds, what):
-        """Until ``condition()`` is true; "Select Kernel" and restart dialogs are accepted meanwhile."""
+        """Until ``condition()`` is true. Dialogs ("Select Kernel", restart) are accepted."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             accept = self.page.locator('.jp-Dialog button.jp-mod-accept')
@@ -66,8 +72,9 @@ class Lab:
             if value:
                 return value
             self.page.wait_for_timeout(200)
-        self.page.screenshot(path=self.folder / 'failed.png')
-        raise AssertionError(f'waited {seconds} s in vain for {what}; see {self.folder / "failed.png"}')
+        picture = self.folder / 'failed.png'
+        self.page.screenshot(path=picture)
+        raise AssertionError(f'waited {seconds} s in vain for {what}; see {picture}')
 
     def idle(self):
         return self.page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').count()
@@ -108,68 +115,96 @@ class Lab:
 
     def saved(self):
         """The notebook as it lies on disk after File > Save."""
-        before = (self.folder / NOTEBOOK.name).stat().st_mtime_ns
+        file = self.folder / NOTEBOOK.name
+        before = file.stat().st_mtime_ns
         self.page.keyboard.press('Control+s')
-        self.wait(lambda: (self.folder / NOTEBOOK.name).stat().st_mtime_ns != before, 30, 'the file to be saved')
-        return nbformat.read(self.folder / NOTEBOOK.name, as_version=4)
+        self.wait(lambda: file.stat().st_mtime_ns != before, 30, 'the file to be saved')
+        return nbformat.read(file, as_version=4)
 
 
-@pytest.fixture
-def open_notebook(tmp_path):
-    """A function that starts JupyterLab on a copy of the project and opens the notebook in it."""
-    started = []
+def write_settings(folder):
+    """JupyterLab's settings: cells out of sight are in the page too, and it asks for no news."""
+    settings = {
+        'notebook-extension/tracker': {'windowingMode': 'none'},
+        'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False}}
+    for plugin, setting in settings.items():
+        file = folder / '@jupyterlab' / f'{plugin}.jupyterlab-settings'
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(setting))
 
-    def open_it(live_only):
-        (tmp_path / 'project').mkdir()
-        cells = copy_of_the_project(tmp_path / 'project', live_only)
-        for plugin, setting in {
-                'notebook-extension/tracker': {'windowingMode': 'none'},  # cells out of sight are there too
-                'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False}}.items():
-            file = tmp_path / 'settings' / '@jupyterlab' / f'{plugin}.jupyterlab-settings'
-            file.parent.mkdir(parents=True)
-            file.write_text(json.dumps(setting))
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            port = free.getsockname()[1]
-        environment = {k: v for k, v in os.environ.items() if k not in ('CI', 'TQDM_DISABLE', 'MPLBACKEND')}
-        environment |= {'JUPYTERLAB_SETTINGS_DIR': str(tmp_path / 'settings'), 'JUPYTER_PREFER_ENV_PATH': '1',
-                        'JUPYTER_CONFIG_DIR': str(tmp_path / 'config'),
-                        'JUPYTERLAB_WORKSPACES_DIR': str(tmp_path / 'workspaces')}
-        photographs = os.environ.get('BSDS300') or HERE / 'BSDS300' / 'images'
-        if os.path.isdir(photographs):
-            environment['BSDS300'] = os.path.abspath(photographs)
-        log = open(tmp_path / 'jupyterlab.log', 'w')
-        server = subprocess.Popen(
-            [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1',
-             f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token='],
-            cwd=tmp_path / 'project', env=environment, stdout=log, stderr=log)
-        started.append((server, log))
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / 'jupyterlab.log').read_text()[-2000:]
-                time.sleep(0.25)
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={'width': 1200, 'height': 1400})
-        page.goto(f'http://127.0.0.1:{port}/lab/tree/{NOTEBOOK.name}?reset')
-        lab = Lab(page, tmp_path / 'project')
-        lab.wait(lambda: lab.page.locator('.jp-Notebook .jp-CodeCell').count() == cells, 90, 'the notebook')
-        for _ in range(5):  # it may say idle for a moment before it is connected
-            lab.wait(lab.idle, 60, 'the kernel')
-            page.wait_for_timeout(400)
-        return lab, cells
 
-    with sync_api.sync_playwright() as playwright:
-        yield open_it
-        for server, log in started:
+def environment_of_a_reader(folder):
+    """The environment, but without what was set for tests, and with JupyterLab's files here."""
+    ours = ('CI', 'TQDM_DISABLE', 'MPLBACKEND')
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {
+        'JUPYTER_PREFER_ENV_PATH': '1',
+        'JUPYTERLAB_SETTINGS_DIR': str(folder / 'settings'),
+        'JUPYTER_CONFIG_DIR': str(folder / 'config'),
+        'JUPYTERLAB_WORKSPACES_DIR': str(folder / 'workspaces')}
+    photographs = os.environ.get('BSDS300') or HERE / 'BSDS300' / 'images'
+    if os.path.isdir(photographs):
+        environment['BSDS300'] = os.path.abspath(photographs)
+    return environment
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def jupyterlab(folder):
+    """Runs JupyterLab in folder/project. Gives its address, once it answers."""
+    write_settings(folder / 'settings')
+    port = free_port()
+    address = f'http://127.0.0.1:{port}'
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root',
+               '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
+               '--IdentityProvider.token=']
+    with open(folder / 'jupyterlab.log', 'w') as log:
+        server = subprocess.Popen(command, cwd=folder / 'project', stdout=log, stderr=log,
+                                  env=environment_of_a_reader(folder))
+        try:
+            for _ in range(240):
+                try:
+                    urllib.request.urlopen(f'{address}/api', timeout=5).close()
+                    break
+                except OSError:
+                    said = (folder / 'jupyterlab.log').read_text()
+                    assert server.poll() is None, said[-2000:]
+                    time.sleep(0.25)
+            yield address
+        finally:
             server.terminate()
             try:
                 server.wait(20)
             except subprocess.TimeoutExpired:
                 server.kill()
-            log.close()
+
+
+@pytest.fixture
+def open_notebook(tmp_path):
+    """A function that starts JupyterLab on a copy of the project and opens the notebook in it."""
+    with contextlib.ExitStack() as stack:
+        def open_it(live_only):
+            (tmp_path / 'project').mkdir()
+            cells = copy_of_the_project(tmp_path / 'project', live_only)
+            address = stack.enter_context(jupyterlab(tmp_path))
+            playwright = stack.enter_context(sync_api.sync_playwright())
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+            page = browser.new_page(viewport={'width': 1200, 'height': 1400})
+            page.goto(f'{address}/lab/tree/{NOTEBOOK.name}?reset')
+            lab = Lab(page, tmp_path / 'project')
+            shown = page.locator('.jp-Notebook .jp-CodeCell')
+            lab.wait(lambda: shown.count() == cells, 90, 'the notebook')
+            for _ in range(5):  # it may say idle for a moment before it is connected
+                lab.wait(lab.idle, 60, 'the kernel')
+                page.wait_for_timeout(400)
+            return lab, cells
+
+        yield open_it
 
 
 def test_live_plot_interrupt_and_resume(open_notebook):
@@ -204,7 +239,8 @@ def test_live_plot_interrupt_and_resume(open_notebook):
 
     pictures.clear()
     lab.run(live)
-    lab.wait(lambda: f'training from epoch {saved}\n' in lab.text(live) + '\n', 120, f'a resume at epoch {saved}')
+    resumed = f'training from epoch {saved}\n'
+    lab.wait(lambda: resumed in lab.text(live) + '\n', 120, f'a resume at epoch {saved}')
     lab.wait(lambda: f'Epoch {saved + 1}/' in lab.text(live), 240, f'epoch {saved + 1}')
     lab.wait(lambda: lab.done(live) or changed(), 240, 'a figure that changes again')
     lab.page.screenshot(path=lab.folder / 'live.png')
@@ -216,8 +252,10 @@ def test_live_plot_interrupt_and_resume(open_notebook):
 def test_whole_notebook_after_a_restart(open_notebook):
     lab, cells = open_notebook(live_only=False)
     lab.menu('Run', 'Restart Kernel and Run All Cells')
-    lab.wait(lambda: lab.page.locator('.jp-Dialog').count() == 0 and not lab.done(cells - 1), 60, 'the restart')
-    errors = lab.page.locator('.jp-Notebook .jp-OutputArea-output', has_text='Traceback (most recent call')
+    dialog = lab.page.locator('.jp-Dialog')
+    lab.wait(lambda: dialog.count() == 0 and not lab.done(cells - 1), 60, 'the restart')
+    errors = lab.page.locator('.jp-Notebook .jp-OutputArea-output',
+                              has_text='Traceback (most recent call')
     lab.wait(lambda: lab.done(cells - 1) or errors.count(), 900, 'the last cell')
     for cell in lab.saved().cells:
         for output in cell.get('outputs', []):

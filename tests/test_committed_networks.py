@@ -1,0 +1,33 @@
+"""The trained networks in checkpoints/: they denoise, and their training goes on by its recipe."""
+import shutil
+
+import pytest
+
+import denoising_utils as du
+
+CHECKPOINTS = du.HERE / 'checkpoints'
+NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_committed_networks_denoise(name, photographs):
+    """Far better than the noisy image, on four test photographs."""
+    net, history = du.load_network(name)
+    assert len(history) >= 75 and isinstance(history[0][1]['PSNR'], float)
+    pairs = du.benchmark_pairs(photographs, size=200, subset=range(0, 100, 25))
+    assert du.benchmark(net, pairs)['psnr'].mean() > 28
+
+
+@pytest.mark.parametrize('name, options', [
+    ('dncnn', {}), ('udncnn', {}), ('dudncnn', {}), ('dncnn_course', {'batch_norm': 'course'})])
+def test_a_committed_training_goes_on_by_its_recipe(name, options, photographs, tmp_path, capsys):
+    """Settings, optimizer and history are those of the checkpoint; nothing is left to train."""
+    shutil.copytree(CHECKPOINTS / name, tmp_path / name)
+    recipe = du.Recipe(net=name.split('_')[0], **options)
+    exp = recipe.experiment(photographs, tmp_path / name)
+    _, history = du.load_network(name)
+    assert exp.epoch == recipe.epochs == 200 and exp.history == history
+    exp.run(recipe.epochs)
+    assert 'Epoch' not in capsys.readouterr().out
+    with pytest.raises(ValueError, match='Seed'):
+        du.Recipe(net=recipe.net, seed=1, **options).experiment(photographs, tmp_path / name)
