@@ -181,7 +181,7 @@ def test_without_network_samples_stand_in_and_say_so(tmp_path, served, monkeypat
     is_bsds300, text = du.describe_photographs(folder)
     assert not is_bsds300 and text.startswith('NOT BSDS300')
     assert len(du.NoisyBSDSDataset(folder, 'test', (320, 320))) == 6
-    assert len(du.NoisyBSDSDataset(folder, 'train', (180, 180))) == 7
+    assert len(du.NoisyBSDSDataset(folder, 'train', (320, 320))) == 5
     assert du.find_photographs() == folder
     next((folder / 'test').iterdir()).unlink()  # by a cleaner of temporary files
     assert len(du.NoisyBSDSDataset(du.find_photographs(), 'test', (320, 320))) == 6
