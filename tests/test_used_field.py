@@ -54,7 +54,8 @@ def test_the_crop_is_large_enough(name, row, column):
     """Field and error in the crop are those in the whole image, of 320x320."""
     net = used_field.load(name, None)
     clean = torch.zeros(3, 320, 320)
-    noisy = clean + 2 * 30 / 255 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(0)
+    noisy = clean + 2 * 30 / 255 * torch.randn(clean.shape, generator=random)
     top, left = used_field.crop_around(row), used_field.crop_around(column)
     assert top % net.pooling_cell == left % net.pooling_cell == 0
     assert min(row - top, column - left) >= 40
@@ -62,10 +63,11 @@ def test_the_crop_is_large_enough(name, row, column):
     # A part that is larger by 32 pixels on each side, as far as there are so many.
     larger = [(max(0, start - 32), start + used_field.CROP + 32) for start in (top, left)]
     found = []
-    for (top, bottom), (left, right) in (
-            [(start, start + used_field.CROP) for start in (top, left)], larger):
-        place = row - top, column - left
-        x, d = (image[:, top:bottom, left:right] for image in (noisy, clean))
+    usual = [(start, start + used_field.CROP) for start in (top, left)]
+    for (first_row, last_row), (first_column, last_column) in (usual, larger):
+        place = row - first_row, column - first_column
+        x, d = (image[:, first_row:last_row, first_column:last_column]
+                for image in (noisy, clean))
         found.append((used_field.used_field(net, x, *place),
                       used_field.local_error(net, x[None], d, *place)))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
