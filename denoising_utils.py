@@ -788,12 +788,12 @@ def over_photographs(difference):
 
 def over_trainings(first, second):
     """The difference of the mean PSNR of two arrays (seeds, photographs), and half its 95 %
-    interval: what other seeds would give on the *same* photographs. It is NaN for a single seed;
-    the variance between seeds is taken to be the same for the two."""
+    interval by Welch's t: what other seeds would give on the *same* photographs. It is NaN for a
+    single seed. The two may vary by different amounts from seed to seed."""
     first, second = first.mean(axis=1), second.mean(axis=1)
     if min(len(first), len(second)) == 1:
         return first.mean() - second.mean(), math.nan
-    low, high = stats.ttest_ind(first, second).confidence_interval()
+    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
     return first.mean() - second.mean(), (high - low) / 2
 
 

@@ -256,7 +256,7 @@ def test_whole_notebook_after_a_restart(open_notebook):
     lab.wait(lambda: dialog.count() == 0 and not lab.done(cells - 1), 60, 'the restart')
     errors = lab.page.locator('.jp-Notebook .jp-OutputArea-output',
                               has_text='Traceback (most recent call')
-    lab.wait(lambda: lab.done(cells - 1) or errors.count(), 900, 'the last cell')
+    lab.wait(lambda: lab.done(cells - 1) or errors.count(), 1800, 'the last cell')
     for cell in lab.saved().cells:
         for output in cell.get('outputs', []):
             assert output.output_type != 'error', f'{output.ename}: {output.evalue}\n{cell.source}'

@@ -103,6 +103,7 @@ def sanitized(text):
     ('12.3 s/image,  120 ms', ' 0.25 s/image, 9 ms'),
     ('took  1:05 min', 'took 12 min'),
     ('device: cpu', 'device: cuda:1'),
+    ('<style>td { }</style><pre><span class="k">def</span> f', '<style>\np { }</style><pre>def f'),
     ('in /tmp/x1/images', 'in /home/me/BSDS300'),
     ('in /tmp/x1/images', 'in D:\\Users\\me\\BSDS300'),
     ('Epoch 3/12: loss 0.02517, val_PSNR 23.12 (0.79 s)',

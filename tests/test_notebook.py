@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 from programs import run_notebook
+from tests import notebook_size
 
 HERE = Path(__file__).resolve().parents[1]
 NOTEBOOK = HERE / 'Assignment4.ipynb'
@@ -68,6 +69,29 @@ def test_links_of_the_table_of_contents_lead_to_headings(notebook):
     assert all(link.isascii() and '%' not in link for link in links)
 
 
+def test_it_stays_short(notebook):
+    """As `python -m tests.notebook_size` counts."""
+    text = notebook_size.prose(notebook)
+    assert notebook_size.words(text) <= 5000
+    assert notebook_size.words(notebook_size.part(text, 22)) <= 900
+    assert notebook_size.lines_of_code(notebook) <= 650
+
+
+def test_every_part_begins_with_a_question_and_a_prediction(notebook):
+    text = notebook_size.prose(notebook)
+    for number in range(1, 24):
+        part = notebook_size.part(text, number)
+        assert '\n> ' in part and '*Before you run it:*' in part, number
+
+
+def test_every_figure_has_an_alternative_text(code):
+    """But for the live one, which is the same display all the time."""
+    still = [cell for cell in code if 'live' not in cell.metadata.get('tags', [])]
+    for output in [output for cell in still for output in cell.outputs]:
+        if 'image/png' in output.get('data', {}):
+            assert len(output.metadata['image/png']['alt']) > 10
+
+
 def test_anchors_are_unambiguous(notebook):
     found = headings(notebook)
     assert len(set(found)) == len(found)
@@ -110,7 +134,7 @@ def test_nothing_volatile_is_stored(notebook):
 def test_size():
     if not NOTEBOOK.is_file():
         pytest.skip(f'there is no {NOTEBOOK.name}')
-    assert NOTEBOOK.stat().st_size < 3e6
+    assert NOTEBOOK.stat().st_size < 2.5e6
 
 
 def test_the_live_training_is_tagged(code):

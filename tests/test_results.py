@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import stats
 
 import denoising_utils as du
-from programs import results
+from programs import results, used_field
 
 PAGE = (du.HERE / 'docs' / 'results.md').read_text(encoding='utf-8')
 PROSE = ' '.join(PAGE.split())
@@ -49,7 +49,7 @@ def test_intervals_are_those_of_students_t_tests():
     scores = {'a': random.normal(30, 2, (3, 50)), 'b': random.normal(30.1, 2, (4, 50))}
     a, b = (values.mean(axis=1) for values in scores.values())
     mean, half = du.over_trainings(scores['a'], scores['b'])
-    low, high = stats.ttest_ind(a, b).confidence_interval()
+    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
     assert (mean - half, mean + half) == pytest.approx((low, high))
     assert math.isnan(du.over_trainings(scores['a'], scores['b'][:1])[1])
     mean, half = du.over_photographs(scores['a'][0] - scores['b'][0])
@@ -213,6 +213,12 @@ def test_the_page_has_the_tables_of_a_command(command, capsys):
     results.main([command])
     tables = re.findall(r'(?:^\|.*\n)+', capsys.readouterr().out, flags=re.MULTILINE)
     assert tables and all(table in PAGE for table in tables)
+
+
+def test_the_page_has_the_used_field(capsys):
+    used_field.main([])
+    tables = re.findall(r'(?:^\|.*\n)+', capsys.readouterr().out, flags=re.MULTILINE)
+    assert len(tables) == 2 and all(table in PAGE for table in tables)
 
 
 def test_the_page_has_the_stored_scores():

@@ -86,7 +86,8 @@ def test_the_committed_networks_are_all_there():
     folders = {}
     for row in in_section('committed') + in_section('blind')[-1:]:
         folders[row['command'].rpartition('/')[2]] = row
-    assert folders.keys() == {path.name for path in CHECKPOINTS.iterdir() if path.is_dir()}
+    there = {path.name for path in CHECKPOINTS.iterdir() if path.is_dir()}
+    assert folders.keys() == {name for name in there if not name.endswith('_narrow')}
     for folder, row in folders.items():
         settings = (CHECKPOINTS / folder / 'config.txt').read_text(encoding='utf-8')
         assert f'Seed({row["seed"]})' in settings
