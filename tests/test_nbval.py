@@ -104,6 +104,7 @@ def sanitized(text):
     ('took  1:05 min', 'took 12 min'),
     ('device: cpu', 'device: cuda:1'),
     ('<style>td { }</style><pre><span class="k">def</span> f', '<style>\np { }</style><pre>def f'),
+    ('the suspect is 3.6 dB behind DnCNN(6)', 'the suspect is 3.5 dB behind DnCNN(6)'),
     ('in /tmp/x1/images', 'in /home/me/BSDS300'),
     ('in /tmp/x1/images', 'in D:\\Users\\me\\BSDS300'),
     ('Epoch 3/12: loss 0.02517, val_PSNR 23.12 (0.79 s)',
