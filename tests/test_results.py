@@ -241,7 +241,7 @@ def test_the_page_has_the_stored_scores():
 @pytest.mark.parametrize('ending, words', [
     ('', '0.21 dB ahead of DnCNN(6) (95 % intervals: ± 0.02 over photographs, ± 0.01 over '
          'trainings). UDnCNN(6) is 0.03 dB behind DnCNN(6) (± 0.01, ± 0.01)'),
-    ('_400', 'DUDnCNN(6) is 0.19 dB ahead (± 0.02, ± 0.01), and UDnCNN(6) 0.04 dB behind '
+    ('_400', 'DUDnCNN(6) is 0.19 dB ahead (± 0.02, ± 0.02), and UDnCNN(6) 0.04 dB behind '
              '(± 0.02, ± 0.01)'),
 ])
 def test_the_page_states_the_differences(ending, words):
