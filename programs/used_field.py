@@ -1,7 +1,7 @@
 """The used field: how many values of the noisy image a network averages at a place.
 
     python -m programs.used_field             # prints it, from checkpoints/used_field.csv
-    python -m programs.used_field --measure   # measures it again: ten minutes
+    python -m programs.used_field --measure   # measures it again: a quarter of an hour
 
 For small changes of its input a network is a linear filter, another one at each place: the row of
 its Jacobian there, g = d y[c, row, column] / d x, over all pixels and channels of the input x
@@ -15,8 +15,8 @@ Places: 12 in every tenth photograph of the fixed test, drawn by a fixed seed. `
 the test's noisy image. ``error`` is the mean squared error in the 17x17 pixels around the place
 (images are in [-1, 1]), averaged over eight other draws of the noise, the same for all networks.
 
-The narrow networks are those of the ablation, of seed 0, trained again for this on another machine:
-not the very networks whose scores are in ablation.csv.
+The narrow networks are those of the ablation, of seed 0, trained again for this, on another machine
+than those whose scores are in ablation.csv.
 """
 import argparse
 import csv
@@ -170,12 +170,18 @@ def gain_table(places):
         if name == other or other not in places:
             continue
         ratio, gain = against(places, name, other)
-        mean, half = du.over_photographs(gain.mean(axis=1))
-        found = [correlation(ratio, gain), correlation(np.log2(places[other][0]), gain)]
-        rows.append([title(name), f'{2 ** np.median(ratio):.2f}', f'{mean:+.2f} ± {half:.2f}',
-                     *(f'{r:+.2f} ({low:+.2f} to {high:+.2f})' for r, low, high in found)])
-    return table(['network', "field / DnCNN(6)'s, median", 'local gain (dB)',
-                  'correlation of the two', "of the gain with DnCNN(6)'s field"], rows)
+        middle, half = du.over_photographs(ratio.mean(axis=1))
+        times = f'{2 ** middle:.2f} ({2 ** (middle - half):.2f} to {2 ** (middle + half):.2f})'
+        within, margin = du.over_photographs(spearman(ratio, gain))
+        between = spearman(ratio.mean(axis=1), gain.mean(axis=1))
+        with_error, *_ = correlation(places[other][1], gain)
+        local = '{:+.2f} ± {:.2f}'.format(*du.over_photographs(gain.mean(axis=1)))
+        everywhere = '{:+.2f} ({:+.2f} to {:+.2f})'.format(*correlation(ratio, gain))
+        rows.append([title(name), times, local, everywhere, f'{within:+.2f} ± {margin:.2f}',
+                     f'{between:+.2f}', f'{with_error:+.2f}'])
+    return table(['network', "field / DnCNN(6)'s", 'local gain (dB)', 'over all places',
+                  'within photographs', 'of their means', "of the gain with DnCNN(6)'s error"],
+                 rows)
 
 
 def main(words=None):
@@ -183,7 +189,7 @@ def main(words=None):
         prog='python -m programs.used_field', description=__doc__.split('\n')[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add('--measure', action='store_true', help='measure it again: ten minutes')
+    add('--measure', action='store_true', help='measure it again: a quarter of an hour')
     add('--nets', nargs='+', choices=NETWORKS, default=NETWORKS, help='what to measure')
     add('--arms', help='folder of `programs.results ablation --out`; None: checkpoints/')
     add('--data', help='folder with train/ and test/ (see find_photographs)')
@@ -198,8 +204,8 @@ def main(words=None):
     print('Values averaged at a place, 1 / sum(g ** 2); mean with its 95 % interval over '
           'photographs.\n')
     print(*field_table(places), '', sep='\n')
-    print('Local gain over DnCNN(6) of the same width, mean over the places; rank correlations '
-          'over\nthe places, with 95 % intervals by the bootstrap over photographs.\n')
+    print('Against DnCNN(6) of the same width: the ratio of the fields (geometric mean), the local '
+          'gain,\nand rank correlations of the two. 95 % intervals are over photographs.\n')
     print(*gain_table(places), sep='\n')
 
 

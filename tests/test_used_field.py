@@ -139,11 +139,17 @@ def test_what_is_printed_is_in_the_file(capsys):
         other = values['dncnn_narrow' if name.endswith('narrow') else 'dncnn']
         ratio = values[name]['field'] / other['field']
         gain = 10 * np.log10(other['error'] / values[name]['error'])
-        shown, median, mean, both, own = cells(line)
-        assert shown == used_field.title(name) and median == f'{np.median(ratio):.2f}'
+        shown, times, mean, everywhere, within, between, with_error = cells(line)
+        assert shown == used_field.title(name)
+        assert times.startswith(f'{stats.gmean(ratio):.2f} (')
         assert mean.startswith(f'{gain.mean():+.2f} ± ')
-        assert both.startswith(f'{stats.spearmanr(ratio, gain).statistic:+.2f} (')
-        assert own.startswith(f'{stats.spearmanr(other["field"], gain).statistic:+.2f} (')
+        assert everywhere.startswith(f'{stats.spearmanr(ratio, gain).statistic:+.2f} (')
+        photographs = [stats.spearmanr(*pair).statistic
+                       for pair in zip(ratio.reshape(10, -1), gain.reshape(10, -1))]
+        assert within.startswith(f'{np.mean(photographs):+.2f} ± ')
+        means = np.log(ratio).reshape(10, -1).mean(1), gain.reshape(10, -1).mean(1)
+        assert between == f'{stats.spearmanr(*means).statistic:+.2f}'
+        assert with_error == f'{stats.spearmanr(other["error"], gain).statistic:+.2f}'
 
 
 def test_the_interval_of_a_correlation():
