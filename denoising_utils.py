@@ -511,6 +511,7 @@ class PoolingOnly(UDnCNN):
 
 NETWORKS = {'dncnn': DnCNN, 'udncnn': UDnCNN, 'dudncnn': DUDnCNN,
             'skips': SkipsOnly, 'dilation': DilationOnly, 'pooling': PoolingOnly}
+COMPARED = ('dncnn', 'udncnn', 'dudncnn')  # the assignment's; the others are of the ablation
 
 
 def make_network(name, D=6, **options):

@@ -21,7 +21,6 @@ from programs.denoise import denoise_image, fold_batch_norm, half_precision
 from programs.timing import GIVEN_BACK, child, measure, ms, row, seconds, threads
 
 LAST = torch.channels_last
-NETWORKS = ['dncnn', 'udncnn', 'dudncnn']
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -116,10 +115,10 @@ def arithmetic(args):
     print(f'sgemm peak: {peak:.0f} GFLOP/s with {torch.get_num_threads()} threads')
     row(f'A training step, 4 crops of {args.size}x{args.size}', 'ms', 'GFLOP/s', 'of the peak',
         'to plain')
-    for name in NETWORKS:
+    for name in du.COMPARED:
         compare_steps(name, peak, args)
     row('Inference, one photograph of 481x321', 'ms', '', '', 'to plain')
-    for name in NETWORKS:
+    for name in du.COMPARED:
         compare_inference(name, args.repeats)
 
 
@@ -185,7 +184,7 @@ from programs import benchmark_denoise as b
 du.keep_freed_memory()
 size, repeats = int(sys.argv[1]), int(sys.argv[2])
 x = torch.randn(4, 3, size, size)
-for name in b.NETWORKS:
+for name in du.COMPARED:
     net = du.make_network(name)
     print(*b.seconds(b.train_step(net, x, x), repeats=repeats))
     net.eval()
@@ -205,7 +204,7 @@ def memory(args):
     given = np.mean([runs[0], runs[3]], 0)
     kept = np.mean([runs[1], runs[2]], 0)
     what = []
-    for name in NETWORKS:
+    for name in du.COMPARED:
         what.append(f'{name}(6), step on 4 crops of {args.size}x{args.size}')
         what.append(f'{name}(6), photograph of 481x321')
     for label, a, b in zip(what, given, kept):

@@ -26,8 +26,7 @@ from programs import run
 from programs.image_files import check_new, check_target, read_image, write_image
 
 BLIND = 'dudncnn_blind'  # finds the level of the noise itself
-OTHERS = ['dncnn', 'udncnn', 'dudncnn']
-TRAINED_LEVEL = 30  # of the others
+TRAINED_LEVEL = 30  # of the others, the assignment's
 
 
 def denoise_file(net, source, target, *, strength=1.0, precision=torch.float32, force=False):
@@ -195,7 +194,7 @@ def parse(words=None):
              'or with --to any number of files to read')
     add('--to', type=Path, metavar='FOLDER',
         help='folder for the results, which have the names of the files')
-    add('--net', choices=[*OTHERS, BLIND], default=BLIND,
+    add('--net', choices=[*du.COMPARED, BLIND], default=BLIND,
         help='which network (default: %(default)s)')
     add('--sigma', type=float,
         help=f'level of the noise, for networks that were trained on one ({TRAINED_LEVEL})')

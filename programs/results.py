@@ -28,8 +28,6 @@ CHECKPOINTS = du.HERE / 'checkpoints'
 TRIALS_PAGE = du.HERE / 'docs' / 'trials.md'
 COLUMNS = ('network', 'seed', 'set', 'photograph', 'psnr')  # of a file of scores
 
-COMPARED = ('dncnn', 'udncnn', 'dudncnn')
-
 # What networks are called in tables, where it isn't their name in the files.
 TITLES = {
     'noisy': 'noisy images',
@@ -175,7 +173,7 @@ def read_peers():
     """
     peers = []
     scores = du.read_scores(CHECKPOINTS / 'scores.csv', 'test')
-    for name in (*COMPARED, *(f'{name}_400' for name in COMPARED)):
+    for name in (*du.COMPARED, *(f'{name}_400' for name in du.COMPARED)):
         net = du.make_network(name.removesuffix('_400'))
         peers.append((TITLES[name], f'{du.count_parameters(net):,}',
                       scores[name].mean(), scores[name][:, du.CBSD68].mean()))
@@ -346,7 +344,7 @@ def make_parser():
         add('--scores', default=scores, help='file of the scores (CSV)')
 
     add = command(evaluate)
-    add('nets', nargs='*', default=COMPARED, metavar='NETWORK', help='which networks')
+    add('nets', nargs='*', default=du.COMPARED, metavar='NETWORK', help='which networks')
     add_common(add, None)
     add('--checkpoints', default=CHECKPOINTS, help='folder that holds a folder a network')
     add('--sigma', type=float, default=30, help='noise level, 0..255')
@@ -357,7 +355,7 @@ def make_parser():
     add = command(levels)
     add_common(add, CHECKPOINTS / 'levels.csv')
     add('--retest', action='store_true', help='measure again: half an hour')
-    add('--nets', nargs='+', default=['noisy', *COMPARED, 'dudncnn_scaled', 'dudncnn_blind'],
+    add('--nets', nargs='+', default=['noisy', *du.COMPARED, 'dudncnn_scaled', 'dudncnn_blind'],
         help='what to measure')
 
     add = command(ablation)

@@ -32,7 +32,7 @@ from programs.results import CHECKPOINTS, check_scores
 from programs.tables import read_rows, table
 
 COLUMNS = ('network', 'photograph', 'row', 'column', 'field', 'error')
-WIDE = ('dncnn', 'udncnn', 'dudncnn', 'dncnn_14')  # folders of checkpoints/
+WIDE = (*du.COMPARED, 'dncnn_14')  # folders of checkpoints/
 NARROW = {f'{name}_14_narrow' if D == 14 else f'{name}_narrow': arm
           for arm, (name, D) in du.ARMS.items()}  # others, and the arm of the ablation
 NETWORKS = [*WIDE, *NARROW]

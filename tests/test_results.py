@@ -224,8 +224,8 @@ def test_the_page_has_the_used_field(capsys):
 def test_the_page_has_the_stored_scores():
     """What the command evaluate prints, but for SSIM and times, which aren't stored."""
     scores = du.read_scores(CHECKPOINTS / 'scores.csv', 'test')
-    names = [*results.COMPARED, 'dncnn_course', 'dncnn_14', 'dncnn_course_assignment',
-             *(f'{name}_400' for name in results.COMPARED)]
+    names = [*du.COMPARED, 'dncnn_course', 'dncnn_14', 'dncnn_course_assignment',
+             *(f'{name}_400' for name in du.COMPARED)]
     rows = [cells(row) for row in PAGE.splitlines() if ' epochs' in row and row.count('|') == 9]
     assert len(rows) == len(names)
     for name, row in zip(names, rows):
