@@ -1,5 +1,6 @@
 """What tests of several files use: a small network, its data and an experiment with them."""
 
+import csv
 import math
 import os
 import random
@@ -91,26 +92,31 @@ def same(a, b):
     return a == b
 
 
-def end(exp):
-    """What must be alike after two runs that should be alike."""
-    return {name: value for name, value in exp.state_dict().items() if name != 'Seconds'}
+def end(exp, *but):
+    """What must be alike after two runs that should be alike; ``but`` what these names stand for.
 
-
-def without_settings(folder, *changes):
-    """Makes a checkpoint one of the first edition, whose settings were the text of config.txt.
-
-    Texts in it are replaced.
+    Of experiments of two classes, the `Circumstances` are not alike.
     """
-    path, config = folder / 'checkpoint.pth.tar', folder / 'config.txt'
+    return {name: value for name, value in exp.state_dict().items()
+            if name not in ('Seconds', *but)}
+
+
+def without_settings(folder):
+    """Makes a checkpoint one of the first edition, which did not store the settings in it."""
+    path = folder / 'checkpoint.pth.tar'
     state = nt.load_checkpoint(path)
-    for name in ('Setting', 'Format'):
+    for name in ('Setting', 'Circumstances', 'Best', 'Format'):
         state.pop(name, None)
     torch.save(state, path)
-    text = config.read_text()
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    config.write_text(text)
+
+
+def write_csv(path, rows):
+    """The table of an experiment, with the columns of all its rows."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(names))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def content(folder):

@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 import denoising_utils as du
+from tests.helpers import same
 
 CHECKPOINTS = du.HERE / 'checkpoints'
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
@@ -22,13 +23,20 @@ def test_committed_networks_denoise(name, photographs):
 @pytest.mark.parametrize('name, options', [
     ('dncnn', {}), ('udncnn', {}), ('dudncnn', {}), ('dncnn_course', {'batch_norm': 'course'})])
 def test_a_committed_training_goes_on_by_its_recipe(name, options, photographs, tmp_path, capsys):
-    """Settings, optimizer and history are those of the checkpoint; nothing is left to train."""
+    """Weights, optimizer and history are those of the checkpoint; nothing is left to train.
+
+    Its settings are not in it: names and shapes are compared, which is said.
+    """
     shutil.copytree(CHECKPOINTS / name, tmp_path / name)
     recipe = du.Recipe(net=name.split('_')[0], **options)
     exp = recipe.experiment(photographs, tmp_path / name)
-    _, history = du.load_network(name)
+    net, history = du.load_network(name)
     assert exp.epoch == recipe.epochs == 200 and exp.history == history
+    assert same(dict(exp.net.state_dict()), dict(net.state_dict()))
+    assert len(exp.optimizer.state) == len(list(net.parameters()))
     exp.run(recipe.epochs)
-    assert 'Epoch' not in capsys.readouterr().out
-    with pytest.raises(ValueError, match='Seed'):
-        du.Recipe(net=recipe.net, seed=1, **options).experiment(photographs, tmp_path / name)
+    said = capsys.readouterr().out
+    assert 'Epoch' not in said and 'NOTE' not in said
+    assert said.count('has no settings: only names and shapes are compared\n') == 1
+    with pytest.raises(ValueError, match='(?s)holds another Net: .*conv'):
+        du.Recipe(net=recipe.net, D=5, **options).experiment(photographs, tmp_path / name)

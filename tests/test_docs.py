@@ -1,4 +1,5 @@
 """What README.md and the pages in docs/ name is there, and the README's table has the scores."""
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -142,13 +143,39 @@ def test_options_without_a_command_are_there(page):
 
 def test_options_of_nntools_are_there():
     options = {field.name for field in dataclasses.fields(nt.Experiment)}
-    options |= set(inspect.signature(nt.Experiment.run).parameters)
+    for method in (nt.Experiment.run, nt.Experiment.evaluate, nt.Experiment.predict):
+        options |= set(inspect.signature(method).parameters)
     page = 'docs/nntools.md'
     for name in re.findall(r'`([a-z_]+)=', without_python(page)):
         assert name in options, name
     for name in written_as_code(page):
         if name.startswith('exp.'):
             assert re.match(r'exp\.(\w+)', name)[1] in {*options, *dir(nt.Experiment), 'history'}
+
+
+def said(node):
+    """The text of a string or f-string, with ... where there is a value in it."""
+    if isinstance(node, ast.JoinedStr):
+        return ''.join(map(said, node.values))
+    return str(node.value) if isinstance(node, ast.Constant) else '...'
+
+
+def test_nntools_says_what_the_page_quotes():
+    page = without_python('docs/nntools.md')
+    section = re.search(r'^### What it says\n(.*?)^##', page, flags=re.MULTILINE | re.DOTALL)[1]
+    quoted = re.findall(r'^- `([^`]*)`', section, flags=re.MULTILINE)
+    assert len(quoted) >= 5
+    strings = [said(node) for node in ast.walk(ast.parse(read('nntools.py')))
+               if isinstance(node, (ast.Constant, ast.JoinedStr))]
+    for line in quoted:
+        assert any(' '.join(line.split()) in text for text in strings), line
+
+
+def test_each_part_of_nntools_is_in_its_list():
+    listed, *parts = re.split('^## ', without_python('docs/nntools.md'), flags=re.MULTILINE)
+    for part in parts:
+        heading = part.partition('\n')[0]
+        assert f'(#{anchor(heading)})' in listed, heading
 
 
 # --- the table of the three networks ------------------------------------------------------------

@@ -10,15 +10,15 @@ import torch
 from torch.optim import lr_scheduler
 
 import nntools as nt
-from tests.helpers import Data, Net, Stats, make, same
+from tests.helpers import Data, Net, Stats, make, same, write_csv
 
 
 def test_table_and_csv(tmp_path):
     exp = make(tmp_path, perform_validation_during_training=True)
     assert exp.table() == []
     exp.run(2)
-    exp.to_csv(tmp_path / 'h' / 'history.csv')
-    rows = list(csv.DictReader(open(tmp_path / 'h' / 'history.csv')))
+    write_csv(tmp_path / 'history.csv', exp.table())
+    rows = list(csv.DictReader(open(tmp_path / 'history.csv')))
     assert list(rows[0]) == ['epoch', 'loss', 'error', 'val_loss', 'val_error', 'seconds']
     assert [float(row['val_error']) for row in rows] == [val['error'] for _, val in exp.history]
 
@@ -60,7 +60,7 @@ def test_summaries_of_all_kinds(tmp_path, summary, validation):
         value = entry[next(iter(summary))]
         kept = torch.Tensor if isinstance(summary.get('accuracy'), torch.Tensor) else float
         assert type(value) is kept and value == float(summary[next(iter(summary))])
-    exp.to_csv(tmp_path / 'table.csv')
+    write_csv(tmp_path / 'table.csv', exp.table())
     assert len(exp.table()) == 2
 
 
@@ -76,7 +76,7 @@ class AllKinds(Stats):
 def test_the_history_keeps_what_summarize_returned(tmp_path, validation):
     def build():
         return make(
-            tmp_path, stats=AllKinds(), best_by='PSNR',
+            tmp_path, stats=AllKinds(), best_by='PSNR', best_mode='min',
             perform_validation_during_training=validation)
 
     exp = build()
@@ -94,7 +94,7 @@ def test_the_history_keeps_what_summarize_returned(tmp_path, validation):
         assert row['PSNR'] == pytest.approx(row['error']) and type(row['PSNR']) is float
         assert row['confusion'] == [[1, 0], [0, 1]]
         assert type(e.best[1]) is float
-        e.to_csv(tmp_path / 'history.csv')
+        write_csv(tmp_path / 'history.csv', e.table())
         rows = list(csv.DictReader(open(tmp_path / 'history.csv')))
         assert float(rows[1]['PSNR']) == row['PSNR'] and float(rows[1]['single']) == 0.5
     torch.load(exp.checkpoint_path, weights_only=True)  # anybody's torch.load reads it
@@ -140,7 +140,8 @@ def test_a_statistic_that_is_added_later(tmp_path):
 )
 def test_an_irregular_history(tmp_path, change):
     options = {
-        'best_by': 'error', 'perform_validation_during_training': change == 'validation no more'}
+        'best_by': 'error', 'best_mode': 'min',
+        'perform_validation_during_training': change == 'validation no more'}
     exp = make(tmp_path, **options)
     exp.run(3)
     if change.startswith('validation'):
@@ -158,7 +159,6 @@ def test_an_irregular_history(tmp_path, change):
     n = exp.epoch
     exp.run(n + 2)
     assert exp.epoch == n + 2 and len(exp.seconds) == n + 2 and all(s > 0 for s in exp.seconds[n:])
-    exp.to_csv(tmp_path / 'history.csv')
     rows = exp.table()
     assert len(rows) == n + 2 and {'loss', 'error', 'seconds'} <= rows[-1].keys()
     assert exp.best[1] > 0

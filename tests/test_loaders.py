@@ -115,7 +115,7 @@ class Pids(Data):
 
 
 @pytest.mark.parametrize('context', ['spawn', 'fork'])
-def test_persistent_workers_live_on(tmp_path, context):
+def test_persistent_workers_live_on(tmp_path, capsys, context):
     if context not in torch.multiprocessing.get_all_start_methods():
         pytest.skip('no such processes here')
 
@@ -128,10 +128,8 @@ def test_persistent_workers_live_on(tmp_path, context):
     loader = td.DataLoader(
         Pids(8), 4, num_workers=1, persistent_workers=True, multiprocessing_context=context
     )
-    with pytest.warns(
-        UserWarning, match='persistent_workers.*a resumed run does not repeat what they draw'
-    ):
-        exp = make(tmp_path, train=loader, stats=Watch())
+    exp = make(tmp_path, train=loader, stats=Watch())
+    assert 'what its persistent_workers draw, a resumed' in capsys.readouterr().out
     exp.run(3)
     assert len(pids) == 1 and pids != {os.getpid()}
     loader._iterator._shutdown_workers()  # else they end with the test session

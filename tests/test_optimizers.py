@@ -89,9 +89,11 @@ def test_another_optimizer_names_the_recipe(tmp_path):
 
 def test_an_optimizer_with_a_closure_is_refused(tmp_path):
     net = Net()
-    with pytest.raises(ValueError, match='LBFGS needs a closure'):
-        make(tmp_path, net, optimizer=torch.optim.LBFGS(net.parameters()))
-    assert content(tmp_path) == {}
+    exp = make(tmp_path, net, optimizer=torch.optim.LBFGS(net.parameters()))
+    saved = content(tmp_path)
+    with pytest.raises(TypeError, match='closure'):
+        exp.run(1)
+    assert exp.epoch == 0 and content(tmp_path).keys() == saved.keys()
 
 
 def test_a_group_that_is_added_later(tmp_path):
@@ -102,19 +104,22 @@ def test_a_group_that_is_added_later(tmp_path):
     adam.add_param_group({'params': list(net.hidden.parameters()), 'lr': 0.001})
     exp.run(2)
 
-    def build(*groups):
+    def build(*groups, **options):
         net = Net()
         layers = {'out': 0.01, 'hidden': 0.001}
         groups = [{'params': list(getattr(net, name).parameters()), 'lr': layers[name]}
                   for name in groups]
-        return make(tmp_path, net, optimizer=torch.optim.Adam(groups))
+        return make(tmp_path, net, optimizer=torch.optim.Adam(groups), **options)
 
     with pytest.raises(ValueError) as error:
         build('out')
     assert str(tmp_path) in str(error.value) and 'group' in str(error.value)
-    exp = build('out', 'hidden')
+    with pytest.raises(ValueError, match='Optimizer: lr of group 1 stored nothing, given 0.001'):
+        build('out', 'hidden')
+    exp = build('out', 'hidden', allow=('Optimizer',))
+    assert exp.epoch == 2 and exp.optimizer.state[exp.net.hidden.weight]['step'] == 5
     exp.run(3)
-    assert exp.epoch == 3
+    assert exp.epoch == 3 and build('out', 'hidden').epoch == 3
 
 
 @pytest.mark.parametrize('samples', [24, 20])

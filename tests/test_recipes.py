@@ -35,28 +35,6 @@ def snippets(page):
 RECIPES = snippets('docs/nntools.md')
 
 
-def swa():
-    """The variant that the recipe of averaged weights describes in a sentence."""
-    page = (HERE / 'docs/nntools.md').read_text(encoding='utf-8')
-    condition = re.search(r'update\s+where\s+`(.*?)`', page)[1]
-    code = RECIPES['Averaged weights'][0]
-    code = code.replace(', multi_avg_fn=get_ema_multi_avg_fn(0.99)', '')
-    return code.replace(': averaged.', f': {condition} and averaged.')
-
-
-def trainings():
-    """Every snippet that trains, each with the name that pytest shows."""
-    found = []
-    for title, codes in {'program': [PROGRAM], **RECIPES, 'SWA': [swa()]}.items():
-        for k, code in enumerate(codes):
-            if 'exp.run(' in code:
-                found.append(pytest.param(code, id=f'{title} {k}'))
-    return found
-
-
-torch.set_num_threads(1)
-
-
 def recipe(title, number=0):
     return RECIPES[title][number]
 
@@ -65,6 +43,48 @@ def replaced(code, old, new):
     """The code with another text in it. The text must be there."""
     assert old in code
     return code.replace(old, new)
+
+
+def sentence(pattern):
+    """The match with a sentence of the page."""
+    page = (HERE / 'docs/nntools.md').read_text(encoding='utf-8')
+    return re.search(pattern, ' '.join(page.split()))
+
+
+def variants():
+    """What the page describes in sentences: a dict of name to code."""
+    averaged = recipe('Averaged weights')
+    condition = sentence(r'update where `(.*?)`')[1]
+    plain_mean = replaced(averaged, 'multi_avg_fn=get_ema_multi_avg_fn(0.99),', '')
+    plain_mean = replaced(plain_mean, 'loss: averaged.', f'loss: {condition} and averaged.')
+
+    plain_validation = replaced(averaged, 'exp = Averaging(', 'exp = nt.Experiment(')
+    plain_validation += f'summary = {sentence("and `([^`]*)` is of the average")[1]}\n'
+
+    options = "best_by='accuracy', best_mode='max', also_save="
+    best_average = replaced(averaged, 'also_save=', options) + 'exp.load_best()\n'
+
+    large_batches = replaced(PROGRAM, *sentence('Replace `(.*?)` by `(.*?)`').groups())
+    large_batches = replaced(large_batches, 'num_epochs=20', 'num_epochs=5')
+    return {'SWA': plain_mean, 'plain validation': plain_validation,
+            'best average': best_average, 'large batches': large_batches}
+
+
+VARIANTS = variants()
+
+
+def trainings():
+    """Every snippet that trains, each with the name that pytest shows."""
+    described = {name: [code] for name, code in VARIANTS.items()}
+    found = []
+    for title, codes in {'program': [PROGRAM], **RECIPES, **described}.items():
+        for k, code in enumerate(codes):
+            if 'exp.run(' in code:
+                found.append(pytest.param(code, id=f'{title} {k}'))
+    return found
+
+
+torch.set_num_threads(1)
 
 
 def execute(code, names):
@@ -156,7 +176,7 @@ def outcome(names):
 def test_an_interrupted_training_ends_with_the_same_bits(code, start, capsys):
     def enter(name):
         names = start(name)
-        if code == PROGRAM:
+        if "output_dir='digits'" in code:
             shutil.rmtree('digits')
         return names
 
@@ -229,51 +249,37 @@ def test_the_program_under_torchrun(tmp_path):
 
 # --- the recipes ---------------------------------------------------------------------------------
 
-def test_best_weights(start):
-    code = recipe('The best weights at the end')
-    names = execute(code, start('best'))
-    exp = names['exp']
+def accuracy_of(y, d):
+    return (y.argmax(1) == d).float().mean().item()
+
+
+def test_stop_early_with_the_best_weights(start, capsys):
+    code, names = recipe('Stop early, with the best weights'), start('best')
+    with pytest.raises(ValueError, match='best_mode'):
+        execute(replaced(code, ", best_mode='max'", ''), names)
+    exp = execute(code, names)['exp']
     values = [val['accuracy'] for _, val in exp.history]
-    assert len(values) == 30
-    assert names['value'] == max(values) == values[names['epoch'] - 1]
-    assert names['epoch'] < 30, 'the best epoch is not the last one, or this test shows nothing'
-    assert exp.evaluate()['accuracy'] == names['value']
+    assert exp.epoch < 100
+    assert f'Stopped after {exp.epoch} epochs' in capsys.readouterr().out
+    assert exp.best == (exp.epoch - 5, max(values))
+    assert exp.evaluate()['accuracy'] == max(values) != values[-1]
 
     exp.load()
-    exp.run(35)
+    exp.run(exp.epoch + 3)
     start('never stopped')
-    longer = execute(replaced(code, 'run(30)', 'run(35)'), names)
-    longer['exp'].load()
-    assert outcome(names) == outcome(longer)
+    longer = execute(replaced(code, 'run(100, patience)', f'run({exp.epoch})'), names)['exp']
+    longer.load()
+    assert outcome({'exp': exp}) == outcome({'exp': longer})
 
 
-def test_other_settings(start):
-    code, names = recipe('Go on with other settings, on purpose'), start('allow')
-    before = Path('digits/checkpoint.pth.tar').read_bytes()
-    refused = re.sub(r',\s+allow=\(.*?\)', '', code)
-    assert refused != code
-    with pytest.raises(ValueError) as error:
-        execute(refused, names)
-    expected = 'lr stored 0.001, given 0.0001', 'BatchSize', 'stored 32, given 64', 'allow='
-    for part in expected:
-        assert part in str(error.value)
-    assert Path('digits/checkpoint.pth.tar').read_bytes() == before
-
-    with steps_counted() as steps:
-        exp = execute(code, names)['exp']
-    assert len(steps) == 5 * (1500 // 64)
-    assert steps[0].param_groups[0]['lr'] == 1e-4
-    assert exp.history[:20] == names['exp'].history
-    assert exp.epoch == 25
-    assert execute(refused, names)['exp'].epoch == 25, 'allow can go'
-
-
-def test_early_stop(start, capsys):
-    exp = execute(recipe('Stop early'), start('early'))['exp']
-    losses = [val['loss'] for _, val in exp.history]
-    assert exp.epoch < 100
-    assert min(losses) == losses[-4], 'it ends three epochs after the best'
-    assert f'Stopped after {exp.epoch} epochs' in capsys.readouterr().out
+def test_two_callbacks(start):
+    logged = []
+    names = start('two') | {'log': lambda exp: logged.append(exp.epoch)}
+    call = sentence(r'two callbacks, as in `(.*?)`')[1]
+    code = recipe('Stop early, with the best weights')
+    exp = execute(replaced(code, 'exp.run(100, patience)', call), names)['exp']
+    assert logged == list(range(exp.epoch + 1))
+    assert exp.epoch < 100, 'the other one has stopped it'
 
 
 def test_a_schedule_of_epochs(start):
@@ -298,25 +304,75 @@ def weights_kept(code):
     return replaced(code, update, f'({update}, weights.append(copy.deepcopy(net)))')
 
 
+def averages(states, share):
+    """The moving average of states, which begins with the first one."""
+    mean = states[0]
+    for state in states[1:]:
+        mean = {name: (1 - share) * value + share * state[name] for name, value in mean.items()}
+    return mean
+
+
 def test_moving_average_of_the_weights(start):
     weights = []
     names = start('averaged') | {'weights': weights, 'copy': copy}
     names = execute(weights_kept(recipe('Averaged weights')), names)
-    assert names['averaged'].n_averaged == len(weights) == 10 * 46
-    assert names['right'] > 0.85
+    exp, averaged = names['exp'], names['averaged']
+    assert averaged.n_averaged == len(weights) == 10 * 46
+    expected = averages([net.state_dict() for net in weights], share=0.01)
+    found = dict(averaged.module.state_dict())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
-    expected = weights[0].state_dict()
-    for net in weights[1:]:
-        state = net.state_dict()
-        expected = {name: 0.99 * mean + 0.01 * state[name] for name, mean in expected.items()}
-    averaged = dict(names['averaged'].module.state_dict())
-    torch.testing.assert_close(averaged, expected, rtol=1e-3, atol=1e-4)
+    # It is what is validated.
+    right = accuracy_of(averaged.module.eval()(names['images'][1500:]), names['labels'][1500:])
+    assert right > 0.85
+    assert exp.history[-1][1]['accuracy'] == exp.evaluate()['accuracy'] == pytest.approx(right)
+
+
+def test_average_beside_a_validation_of_the_network(start):
+    names = execute(VARIANTS['plain validation'], start('plain'))
+    images, labels = names['images'][1500:], names['labels'][1500:]
+    of_both = [accuracy_of(net.eval()(images), labels)
+               for net in (names['net'], names['averaged'].module)]
+    validated = names['exp'].history[-1][1]['accuracy']
+    assert [validated, names['summary']['accuracy']] == pytest.approx(of_both)
+    assert of_both[0] != of_both[1], 'or this test shows nothing'
+
+
+def test_best_epoch_of_the_average(start):
+    names = execute(VARIANTS['best average'], start('best average'))
+    exp, averaged = names['exp'], names['averaged']
+    epoch, value = exp.best
+    assert value == max(val['accuracy'] for _, val in exp.history)
+    assert exp.evaluate()['accuracy'] == value
+    stored = nt.load_checkpoint(exp.best_path)
+    assert len(stored['History']) == epoch < 10, 'or this test shows nothing'
+    assert plain(averaged.state_dict()) == plain(stored['averaged'])
+    assert plain(names['net'].state_dict()) == plain(stored['Net'])
+
+
+@pytest.mark.parametrize('averages_buffers', [True, False])
+def test_average_with_batch_norm(start, averages_buffers):
+    names = start('norm')
+
+    class Normed(names['Classifier']):
+        def __init__(self):
+            super().__init__()
+            self.layers.insert(1, torch.nn.BatchNorm1d(64))
+
+    weights = []
+    names = names | {'Classifier': Normed, 'weights': weights, 'copy': copy}
+    code = weights_kept(recipe('Averaged weights'))
+    code = replaced(code, 'use_buffers=True', f'use_buffers={averages_buffers}')
+    averaged = execute(replaced(code, 'run(10', 'run(1'), names)['averaged']
+    means = [{'mean': net.layers[1].running_mean} for net in weights]
+    expected = averages(means, share=0.01) if averages_buffers else means[-1]
+    torch.testing.assert_close(averaged.module.layers[1].running_mean, expected['mean'])
 
 
 def test_plain_average_of_the_weights(start):
     weights = []
-    names = execute(weights_kept(swa()), start('swa') | {'weights': weights, 'copy': copy})
-    averaged = names['averaged']
+    names = start('swa') | {'weights': weights, 'copy': copy}
+    averaged = execute(weights_kept(VARIANTS['SWA']), names)['averaged']
     assert averaged.n_averaged == len(weights) == 10
 
     states = [net.state_dict() for net in weights]
@@ -326,25 +382,37 @@ def test_plain_average_of_the_weights(start):
 
 def test_accumulated_batches(start):
     """Without dropout, and without a remainder at the end, they give what large batches give."""
-    names = start('accumulated')
-
-    class Plain(names['Classifier']):
-        def __init__(self):
-            super().__init__()
-            self.layers[2] = torch.nn.Identity()
-
-    train_set = torch.utils.data.Subset(names['train_set'], range(46 * 32))
-    names = names | {'Classifier': Plain, 'train_set': train_set}
-    code = recipe('Larger batches than fit in memory')
+    start('accumulated')
+    shutil.rmtree('digits')
+    code = replaced(VARIANTS['large batches'], 'Dropout(0.2)', 'Identity()')
+    code = replaced(code, 'images[:1500], labels[:1500]', 'images[:46 * 32], labels[:46 * 32]')
+    code = replaced(code, 'Adam(net.parameters(), lr=1e-3)', 'SGD(net.parameters(), lr=0.1)')
     with steps_counted() as steps:
-        parts = execute(code, names)['net']
+        parts = execute(code, {})['net']
     assert len(steps) == 5 * 46
 
-    code = replaced(code, "'accumulated', 8", "'whole', 32")
-    whole = execute(replaced(code, 'batches_per_step=4', 'batches_per_step=1'), names)
-    assert whole['exp'].batch_size == 32
-    for a, b in zip(parts.parameters(), whole['net'].parameters()):
+    code = replaced(code, 'batch_size=8, batches_per_step=4', 'batch_size=32')
+    whole = execute(replaced(code, "'digits'", "'whole'"), {})['net']
+    for a, b in zip(parts.parameters(), whole.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_samplers(start, capsys):
+    """Half of the images are zeros, yet each digit is drawn equally often."""
+    names = start('sampler')
+    zeros = (names['labels'][:1500] == 0).nonzero().flatten()
+    chosen = torch.cat([torch.arange(750), zeros.repeat(6)[:750], torch.arange(1500, 1797)])
+    images, labels = names['images'][chosen], names['labels'][chosen]
+    train_set = torch.utils.data.TensorDataset(images[:1500], labels[:1500])
+    assert labels[:1500].bincount()[0] > 750
+
+    names = names | {'images': images, 'labels': labels, 'train_set': train_set}
+    names = execute(recipe('Samplers'), names)
+    assert 'used as it is' not in capsys.readouterr().out, 'there is nothing that it ignores'
+    drawn = torch.cat([d for _ in range(10) for _, d in names['loader']])
+    assert len(drawn) == 10 * 46 * 32
+    shares = drawn.bincount(minlength=10) / len(drawn)
+    torch.testing.assert_close(shares, torch.full([10], 0.1), rtol=0, atol=0.02)
 
 
 def test_freezing(start):
@@ -370,17 +438,24 @@ def test_predictions(start):
     assert torch.equal(confusion.sum(1), labels.bincount(minlength=10))
     assert confusion.trace() / 297 == pytest.approx(exp.evaluate()['accuracy'])
 
-    assert len(names['worst']) == 6
-    assert names['worst'][0].shape == (8, 8)
+    assert [image.shape for image in names['worst']] == 6 * [(8, 8)]
     worst = (images == names['worst'][0].flatten()).all(1).nonzero()[0, 0]
     assert names['losses'][worst] == names['losses'].max()
     assert torch.equal(names['answers'], exp.net(names['images'][:5]).argmax(1))
 
 
+def test_batches_that_are_not_pairs(start):
+    names = execute(recipe('Batches that are not pairs'), start('coded'))
+    exp, images = names['exp'], names['images']
+    assert exp.history[4] < exp.history[0]
+    expected = torch.nn.functional.mse_loss(exp.net(images[1500:]), images[1500:]).item()
+    assert exp.evaluate() == exp.history[4][1] == pytest.approx(expected)
+
+
 def test_several_optimizers(start):
-    code, names = recipe('Several losses, several optimizers'), start('gan')
+    names = start('gan')
     with steps_counted() as steps:
-        names = execute(code, names)
+        names = execute(recipe('Several losses, several optimizers'), names)
     assert len(steps) == 2 * 5 * 46
     assert steps[0] is names['other']
     assert steps[1] is names['adam']
@@ -398,3 +473,28 @@ def test_logs(start, logged):
         rows = list(csv.DictReader(file))
     numbers = [{name: float(value) for name, value in row.items()} for row in rows]
     assert numbers == exp.table()
+
+
+def test_other_settings(start):
+    code, names = recipe('Go on with other settings'), start('allow')
+    before = Path('digits/checkpoint.pth.tar').read_bytes()
+    allow = re.search(r',\s+(allow=\(.*?\))', code)
+    refused = code.replace(allow[0], '')
+    with pytest.raises(ValueError) as error:
+        execute(refused, names)
+    for part in ('p=0.2', 'lr stored 0.001, given 0.0001', 'stored 32, given 64', allow[1]):
+        assert part in str(error.value)
+
+    # It begins with the weights that it had, and replaces the checkpoint when it has trained.
+    given = execute(replaced(code, 'run(25)', 'run(20)'), names)
+    assert given['exp'].evaluate() == pytest.approx(names['exp'].evaluate())
+    assert given['adam'].state[given['net'].layers[0].weight]['step'] == 20 * 46
+    assert Path('digits/checkpoint.pth.tar').read_bytes() == before
+    with steps_counted() as steps:
+        exp = execute(code, names)['exp']
+    assert len(steps) == 5 * (1500 // 64)
+    assert steps[0].param_groups[0]['lr'] == 1e-4
+    assert exp.history[:20] == names['exp'].history
+    assert exp.epoch == 25
+    assert Path('digits/checkpoint.pth.tar.old').read_bytes() == before
+    assert execute(refused, names)['exp'].epoch == 25, 'allow can go'

@@ -169,4 +169,6 @@ def test_what_was_saved_too_is_not_left_out_silently(tmp_path):
     make(tmp_path, net, also_save={'ema': swa_utils.AveragedModel(net)}).run(2)
     assert 'ema: stored AveragedModel, given nothing' in conflict(tmp_path)
     assert make(tmp_path, allow='ema').epoch == 2
+    assert 'ema: stored' in conflict(tmp_path)  # nothing was trained without it
+    make(tmp_path, allow='ema').run(3)
     make(tmp_path)  # from now on

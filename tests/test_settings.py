@@ -100,8 +100,9 @@ def test_of_another_torch_names_and_shapes_are_compared(tmp_path, monkeypatch, o
 
 
 def test_addresses_modules_and_printing_do_not_count(tmp_path):
-    def data_set():
+    def data_set(module):
         class Plain(td.Dataset):  # no repr: its address is printed
+            __module__ = module
             transform = staticmethod(lambda x: x)
 
             def __len__(self):
@@ -112,11 +113,14 @@ def test_addresses_modules_and_printing_do_not_count(tmp_path):
 
         return Plain()
 
-    make(tmp_path, train=data_set()).run(1)
+    def build(module, indent):
+        return make(tmp_path, train=data_set(module), val=Told(f'Faces\n{indent}size: 60'),
+                    perform_validation_during_training=True)
+
+    build('tests.test_settings', '    ').run(1)
     assert 'object at 0x' in (tmp_path / 'config.txt').read_text()
-    assert make(tmp_path, train=data_set()).epoch == 1
-    without_settings(tmp_path, ('tests.test_settings.', '__main__.'), ('    ', '  '))
-    assert make(tmp_path, train=data_set()).epoch == 1
+    assert build('tests.test_settings', '    ').epoch == 1
+    assert build('__main__', '  ').epoch == 1
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,8 @@ def test_another_source_of_the_network_is_said(tmp_path, capsys, monkeypatch, ch
     assert build().epoch == 1
     assert 'source' not in capsys.readouterr().out
     exp = build(**change)
-    assert exp.epoch == 1 and capsys.readouterr().out.count('The source of Line has changed') == 1
+    said = capsys.readouterr().out
+    assert exp.epoch == 1 and said.count('trained for 1 epochs by other source of network\n') == 1
     exp.run(2)
     assert build(**change).epoch == 2 and 'source' not in capsys.readouterr().out
 
@@ -247,23 +252,35 @@ def test_an_edited_config_is_not_believed(tmp_path):
     assert 'BatchSize: stored 4, given 5' in conflict(tmp_path, batch_size=5)
 
 
-def test_settings_that_can_not_be_read(tmp_path, capsys):
+@pytest.mark.parametrize('config', ['as it was', 'unreadable', 'none'])
+def test_where_no_settings_are_stored(tmp_path, capsys, config):
+    """As in a checkpoint of the first edition, or of 2019."""
     make(tmp_path).run(1)
     without_settings(tmp_path)
-    tmp_path.joinpath('config.txt').write_bytes(b'\xff\xfe\x00 BatchSize(')
+    if config == 'unreadable':
+        tmp_path.joinpath('config.txt').write_bytes(b'\xff\xfe\x00 BatchSize(')
+    elif config == 'none':
+        tmp_path.joinpath('config.txt').unlink()
+    capsys.readouterr()
     assert make(tmp_path).epoch == 1
-    assert 'config.txt can not be read: only the parameters' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count('has no settings: only names and shapes are compared\n') == 1
+    assert said.startswith(str(tmp_path)) and 'NOTE' not in said
     # The parameters are compared all the same.
     with pytest.raises(ValueError, match='hidden.weight'):
         make(tmp_path, Net(width=6))
 
 
-def test_allow_keeps_the_state_of_the_optimizer(tmp_path):
+@pytest.mark.parametrize('stored', [False, True])
+def test_allow_keeps_the_state_of_the_optimizer(tmp_path, stored):
     make(tmp_path).run(2)
-    without_settings(tmp_path)
+    if not stored:
+        without_settings(tmp_path)
+    momenta = nt.load_checkpoint(tmp_path / 'checkpoint.pth.tar')['Optimizer']['state']
     net = Net()
     exp = make(
         tmp_path, net, optimizer=torch.optim.Adam(net.parameters(), lr=0.5), allow='Optimizer'
     )
     assert len(exp.optimizer.state) == len(list(net.parameters()))
+    assert same(exp.optimizer.state_dict()['state'], momenta)
     assert exp.optimizer.param_groups[0]['lr'] == 0.5

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import nntools as nt
-from tests.helpers import Data, Net, Stats
+from tests.helpers import Data, Net, Stats, write_csv
 
 
 class Affine(nt.NeuralNetwork):
@@ -228,7 +228,7 @@ def several_trainings(folder, rank):
     def callback(e):
         called.append(e.epoch)
         (folder / f'callback{rank}').touch()
-        e.to_csv(folder / 'history.csv')
+        write_csv(folder / 'history.csv', e.table())
         e.save(folder / 'copy.pth.tar')
         called.append(round(e.evaluate()['samples']))
         if e.epoch == 2:
