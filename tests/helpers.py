@@ -110,6 +110,11 @@ def without_settings(folder):
     torch.save(state, path)
 
 
+def is_checkpoint(state):
+    """Whether `torch.save` writes a whole checkpoint, and not a part, to see if it can be read."""
+    return isinstance(state, dict) and 'History' in state
+
+
 def write_csv(path, rows):
     """The table of an experiment, with the columns of all its rows."""
     names = dict.fromkeys(name for row in rows for name in row)

@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 import nntools as nt
-from tests.helpers import Data, Net, best_agrees, content, end, make, same, weights
+from tests.helpers import (
+    Data,
+    Net,
+    best_agrees,
+    content,
+    end,
+    is_checkpoint,
+    make,
+    same,
+    weights,
+)
 
 
 class Interrupted(Data):
@@ -73,17 +83,20 @@ def test_ctrl_c_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert content(tmp_path) == saved
 
 
+@pytest.mark.parametrize('part', [False, True])
 @pytest.mark.parametrize('where', ['save', 'run'])
-def test_an_interrupt_inside_of_torch_save(tmp_path, monkeypatch, where):
+def test_an_interrupt_inside_of_torch_save(tmp_path, monkeypatch, where, part):
     """As torch does it: closing the half-written file fails with a RuntimeError of its own."""
     def interrupted(state, file):
+        if not (part or is_checkpoint(state)):
+            return save(state, file)
         try:
             file.write(b'half of it')
             raise KeyboardInterrupt
         finally:
             raise RuntimeError('unexpected pos 18084096 vs 18083988')
 
-    exp = make(tmp_path)
+    exp, save = make(tmp_path), torch.save
     exp.run(1)
     saved = content(tmp_path)
     monkeypatch.setattr(torch, 'save', interrupted)
@@ -257,8 +270,7 @@ def test_a_best_epoch_that_was_interrupted_is_written(tmp_path, monkeypatch, twi
             return super().load_state_dict(*args, **options)
 
     def save(state, file):
-        whole = isinstance(state, dict) and 'History' in state  # parts are tried beforehand
-        if whole and len(state['History']) == 1 and not presses:
+        if is_checkpoint(state) and len(state['History']) == 1 and not presses:
             presses.append('in writing')
             raise KeyboardInterrupt
         saved(state, file)

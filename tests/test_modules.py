@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import nntools as nt
-from tests.helpers import Data, Net, content, make, same, weights
+from tests.helpers import Data, Net, make, same, weights
 
 
 @pytest.mark.parametrize('mode', [True, False])

@@ -28,7 +28,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import nntools as nt
-from tests.helpers import Data, Net, make, same
+from tests.helpers import Data, Net, is_checkpoint, make, same
 from tests.together import processes
 
 EPOCHS = 5
@@ -111,10 +111,8 @@ def die_at(moment):
     if where == 'in the middle':
         of_checkpoint = counted(save, before=half)
 
-        # Its parts are written, too: whether they can be read back.
         def save_or_die(state, file):
-            whole = isinstance(state, dict) and 'History' in state
-            (of_checkpoint if whole else save)(state, file)
+            (of_checkpoint if is_checkpoint(state) else save)(state, file)
 
         torch.save = save_or_die
     elif where == 'before fsync':
