@@ -241,7 +241,7 @@ class Experiment:
     _replaces = False  # whether the checkpoint on disk has other settings, which `allow` lets go
     _other = ()  # those that are not as they were in the epochs before
     _seconds, _said, _stopped = (), frozenset(), False
-    _scaler = torch.amp.GradScaler(enabled=False)
+    _scaler = None  # of the loss in float16
 
     def __post_init__(self):
         self.history = []
@@ -253,7 +253,9 @@ class Experiment:
         if self.device is not None:
             self.net.to(find_device(self.device))
         self.device = _device_of(self.net)
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
+        self._waiting = {}  # optimizer to number of batches whose gradients it holds
+        if self.precision == 'float16':
+            self._scaler = torch.amp.GradScaler(self.device.type)
         folder = self.output_dir or f'experiment_{_from_all(time.time())[0]}'
         self.output_dir = os.path.abspath(os.path.expanduser(folder))
         self.checkpoint_path = os.path.join(self.output_dir, 'checkpoint.pth.tar')
@@ -396,7 +398,7 @@ class Experiment:
         bar.reset()
         self._waiting = {}
         self.stats_manager.init()
-        step, gradients, alone = self.step, torch.enable_grad(), _world_size() == 1
+        step, gradients, several = self.step, torch.enable_grad(), _world_size() > 1
         if self.precision != 'float32':  # no cache of cast weights, as a step can update twice
             step = torch.autocast(_device_of(self.net).type, getattr(torch, self.precision),
                                   cache_enabled=False)(step)
@@ -409,7 +411,7 @@ class Experiment:
                 if not math.isfinite(loss):
                     raise self._not_finite(f'the loss is {loss}', batch)
 
-                for part in [(loss, x, y, d)] if alone else _from_all((loss, x, y, d)):
+                for part in _from_all((loss, x, y, d)) if several else [(loss, x, y, d)]:
                     self.stats_manager.accumulate(*part)
                 if first and number == 1:
                     self._try_summary()
@@ -422,13 +424,13 @@ class Experiment:
 
             for optimizer, batches in self._waiting.items():
                 if batches > 0:  # at the end, too few for a step
-                    self._take_step(optimizer)
+                    self._take_step(optimizer, batches)
 
         if not all(p.isfinite().all() for p in self.net.parameters()):  # by the last step
             raise self._not_finite('weights are not finite', batch)
         if first:
             self._check_that_it_trains()
-        if _world_size() > 1:  # the batch-norm statistics of the first process count
+        if several:  # the batch-norm statistics of the first process count
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)
         self.batch = 0
@@ -475,25 +477,30 @@ class Experiment:
         if not trains:
             return
         optimizer = optimizer or self.optimizer
-        waiting = vars(self).setdefault('_waiting', {})  # optimizer to number of batches
-        if not waiting.get(optimizer):
-            waiting[optimizer] = 0
+        batches = self._waiting.get(optimizer, 0)
+        if batches == 0:
             optimizer.zero_grad()
-        self._scaler.scale(loss).backward()
-        waiting[optimizer] += 1
-        if waiting[optimizer] == self.batches_per_step:
-            self._take_step(optimizer)
+        loss = loss if self._scaler is None else self._scaler.scale(loss)
+        loss.backward()
+        if batches + 1 < self.batches_per_step:
+            self._waiting[optimizer] = batches + 1
+        else:
+            self._take_step(optimizer, batches + 1)
 
-    def _take_step(self, optimizer):
-        """Steps down the mean of the gradients that wait."""
-        batches, self._waiting[optimizer] = self._waiting[optimizer], 0
+    def _take_step(self, optimizer, batches):
+        """Steps down the mean of the gradients of so many batches."""
+        self._waiting[optimizer] = 0
         if batches > 1 or _world_size() > 1:
             _average_gradients(optimizer, batches)
-        if self.grad_clip is not None:
+        if self._scaler is not None and self.grad_clip is not None:
             self._scaler.unscale_(optimizer)
+        if self.grad_clip is not None:
             nn.utils.clip_grad_norm_(_parameters(optimizer), self.grad_clip)
-        self._scaler.step(optimizer)
-        self._scaler.update()
+        if self._scaler is None:
+            optimizer.step()
+        else:
+            self._scaler.step(optimizer)
+            self._scaler.update()
 
     def stop(self):
         """Ends the run after the present epoch: ``if exp.epoch - exp.best[0] > 9: exp.stop()``."""
@@ -884,7 +891,7 @@ class Experiment:
         items = {'Net': _unwrapped(self.net), 'Optimizer': self.optimizer}
         if self._scheduler is not None:
             items['Scheduler'] = self._scheduler
-        if self._scaler.is_enabled():
+        if self._scaler is not None:
             items['Scaler'] = self._scaler
         return items | (self.also_save or {})
 

@@ -261,7 +261,7 @@ def test_a_folder_without_config_loses_nothing(tmp_path):
 
 # --- checkpoints without settings ----------------------------------------------------------------
 
-def test_of_a_checkpoint_without_settings_the_given_options_count(tmp_path):
+def test_without_stored_settings_the_given_options_count(tmp_path):
     written_as_2019(tmp_path, lr=0.01)
     momenta = stored(tmp_path)['Optimizer']['state']
     assert make(tmp_path, lr=0.5).optimizer.param_groups[0]['lr'] == 0.01

@@ -496,5 +496,5 @@ def test_other_settings(start):
     assert steps[0].param_groups[0]['lr'] == 1e-4
     assert exp.history[:20] == names['exp'].history
     assert exp.epoch == 25
-    assert Path('digits/checkpoint.pth.tar.old').read_bytes() == before
+    assert Path('digits', sentence('is kept as `(.*?)`')[1]).read_bytes() == before
     assert execute(refused, names)['exp'].epoch == 25, 'allow can go'
