@@ -1369,7 +1369,10 @@ def _random_numbers(seed, generators):
     states = [(generator, generator.get_state()) for generator in generators]
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:  # which for devices that are not here takes as long as a step
+            torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
         try:
