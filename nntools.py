@@ -626,15 +626,14 @@ class Experiment:
         """Evaluates a full batch, another, and the short last one: can the network take them, and
         the statistics? These are copies: it leaves no trace."""
         loader, data, size = self.val_loader, self.val_loader.dataset, self.val_loader.batch_size
-        own_evaluation = type(self).evaluate is not Experiment.evaluate
-        own_workers = loader.worker_init_fn not in (None, _ignore_interrupts)
-        if own_evaluation or own_workers or not size or isinstance(data, td.IterableDataset):
+        own = loader.worker_init_fn or type(self).evaluate is not Experiment.evaluate
+        if own or not size or isinstance(data, td.IterableDataset):
             return
         short = 0 if loader.drop_last else len(data) % size
         full = min(2, len(data) // size)  # batches
         few = td.Subset(data, [*range(full * size), *range(len(data) - short, len(data))])
         loader = td.DataLoader(few, size, collate_fn=loader.collate_fn,
-                               num_workers=loader.num_workers, worker_init_fn=loader.worker_init_fn,
+                               num_workers=loader.num_workers,
                                multiprocessing_context=loader.multiprocessing_context)
         stats = copy.copy(self.stats_manager)
         stats.init()
@@ -791,7 +790,6 @@ class Experiment:
         return td.DataLoader(
             data, size // processes, num_workers=self.num_workers, collate_fn=self.collate_fn,
             sampler=_Share(data, generator=generator) if training else None, drop_last=drop_last,
-            worker_init_fn=_ignore_interrupts if self.num_workers else None,
             pin_memory=_device_of(self.net).type == 'cuda')
 
     def _say_what_is_ignored(self, loader):
@@ -814,8 +812,12 @@ class Experiment:
         def moved(part):
             return part.to(device, **options) if hasattr(part, 'to') else part
 
-        for batch in loader:
+        with _interrupts_wait():
+            batches = iter(loader)
+        for batch in batches:
             yield batch if device.type == 'cpu' else _map(moved, batch)
+        with _interrupts_wait():
+            del batches
         if batch is None:
             raise ValueError('the data gave no batch: it is empty, or shorter than one batch')
 
@@ -1454,9 +1456,27 @@ class _Share(td.RandomSampler):
         return len(self.data_source) // _world_size()
 
 
-def _ignore_interrupts(worker):
-    """Ctrl-C reaches all processes of a terminal: the one that trains answers for its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _interrupts_wait():
+    """Ctrl-C is answered afterwards, and by this process alone: workers that start inside inherit
+    that it waits. Else a press in the middle of a fork is lost, or ends a worker."""
+    pressed = []
+    try:
+        before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    except ValueError:  # not in the main thread, which alone gets interrupts
+        yield
+        return
+    masked = hasattr(signal, 'pthread_sigmask')  # which workers that are not forked inherit
+    if masked:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if masked:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 # --- messages and files --------------------------------------------------------------------------
@@ -1465,10 +1485,6 @@ def _whole(name, value, least):
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         raise ValueError(f'{name} must be a whole number, {least} or more, got {value!r}')
     return int(value)
-
-
-def _kind(value):
-    return value if isinstance(value, type) else type(value).__name__
 
 
 def _some(names):

@@ -71,7 +71,7 @@ def test_only_programs_and_tests_import_programs():
 
 def test_no_file_is_too_long():
     limits = {HERE / 'README.md': 160, HERE / 'denoising_utils.py': 900,
-              HERE / 'nntools.py': 1565}
+              HERE / 'nntools.py': 1580}
     limits |= dict.fromkeys(PROGRAMS, 400) | dict.fromkeys(TESTS, 500)
     lengths = {file: len(file.read_text(encoding='utf-8').splitlines()) for file in limits}
     assert {file.name: lengths[file] for file in limits if lengths[file] > limits[file]} == {}
