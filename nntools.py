@@ -672,14 +672,21 @@ class Experiment:
         """After the first epoch of a run: `update` was called, or there is a reason why not."""
         if self._waiting:
             return
-        before, net = self._finished.get('Net', {}), _unwrapped(self.net)
-        if all(torch.equal(before.get(name, p), p) for name, p in net.named_parameters()):
+        before = self._finished
+        modules = {name: item for name, item in self._items().items() if name in before
+                   and isinstance(item, nn.Module) and not isinstance(item, AveragedModel)}
+        pairs = [(before[name][key], parameter) for name, module in modules.items()
+                 for key, parameter in nn.Module.named_parameters(module) if key in before[name]]
+        if pairs and all(torch.equal(old, new) for old, new in pairs):
             raise RuntimeError(f'{type(self).__name__}.step never calls self.update(loss), and no '
                                'weight has changed: nothing is trained')
-        usual = {'grad_clip': None, 'batches_per_step': 1, 'precision': 'float32'}
-        if ignored := [name for name in usual if getattr(self, name) != usual[name]]:
+        ignored = {'grad_clip': self.grad_clip is not None,
+                   'batches_per_step': self.batches_per_step > 1,
+                   'precision': self._scaler is not None}  # autocast needs no update
+        if any(ignored.values()):
+            names = ', '.join(name for name in ignored if ignored[name])
             raise RuntimeError(f'{type(self).__name__}.step takes steps by itself, which ignore '
-                               f'{", ".join(ignored)}: call self.update(loss) instead')
+                               f'{names}: call self.update(loss) instead')
 
     def _not_finite(self, what, batch):
         if all(tensor.isfinite().all() for tensor in _tensors(batch)):

@@ -61,6 +61,36 @@ def test_a_step_by_hand_trains(tmp_path):
     assert same(end(exp)['Net'], end(usual)['Net']) and same(exp.history, usual.history)
 
 
+def test_a_step_by_hand_in_bfloat16_trains(tmp_path):
+    """Autocast is around the step, whoever takes it."""
+    exp = experiment(tmp_path, ByHand, precision='bfloat16')
+    exp.run(2)
+    assert exp.history[1]['loss'] < exp.history[0]['loss']
+
+
+class TrainsTheOther(nt.Experiment):
+    """The network stays as it is; a module in also_save learns, by hand."""
+
+    def step(self, batch):
+        x, d = batch
+        y = self.also_save['other'](x)
+        loss = (y - d).square().mean()
+        if self.net.training:
+            optimizer = self.also_save['of other']
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss, x, y, d
+
+
+def test_a_step_by_hand_may_train_a_module_of_also_save(tmp_path):
+    other = torch.nn.Linear(3, 1)
+    sgd = torch.optim.SGD(other.parameters(), lr=0.1)
+    exp = experiment(tmp_path, TrainsTheOther, also_save={'other': other, 'of other': sgd})
+    exp.run(3)
+    assert exp.history[2]['loss'] < exp.history[0]['loss']
+
+
 @pytest.mark.parametrize(
     'options, names',
     [
