@@ -297,7 +297,7 @@ class Experiment:
                              "better, or best_mode='min' if less is")
         if self.val_set is None and self.perform_validation_during_training:
             raise ValueError('perform_validation_during_training needs a val_set, got None')
-        own = {id(parameter) for parameter in _all_parameters(self.net)}
+        own = {id(parameter) for _, parameter in nn.Module.named_parameters(self.net)}
         if own.isdisjoint(map(id, _parameters(self.optimizer))):
             raise ValueError('optimizer holds no parameter of net: build it from net.parameters()')
         if getattr(self._scheduler, 'optimizer', self.optimizer) is not self.optimizer:
@@ -680,13 +680,16 @@ class Experiment:
         if pairs and all(torch.equal(old, new) for old, new in pairs):
             raise RuntimeError(f'{type(self).__name__}.step never calls self.update(loss), and no '
                                'weight has changed: nothing is trained')
-        ignored = {'grad_clip': self.grad_clip is not None,
-                   'batches_per_step': self.batches_per_step > 1,
-                   'precision': self._scaler is not None}  # autocast needs no update
-        if any(ignored.values()):
-            names = ', '.join(name for name in ignored if ignored[name])
+        ignored = []
+        if self.grad_clip is not None:
+            ignored.append('grad_clip')
+        if self.batches_per_step > 1:
+            ignored.append('batches_per_step')
+        if self._scaler is not None:  # autocast alone needs no update
+            ignored.append('precision')
+        if ignored:
             raise RuntimeError(f'{type(self).__name__}.step takes steps by itself, which ignore '
-                               f'{names}: call self.update(loss) instead')
+                               f'{", ".join(ignored)}: call self.update(loss) instead')
 
     def _not_finite(self, what, batch):
         if all(tensor.isfinite().all() for tensor in _tensors(batch)):
@@ -800,16 +803,16 @@ class Experiment:
             pin_memory=_device_of(self.net).type == 'cuda')
 
     def _say_what_is_ignored(self, loader):
-        ignored = {
-            f'its batches have {loader.batch_size} samples, and not batch_size={self.batch_size}':
-                loader.batch_size not in (None, self.batch_size),
-            'it is not shuffled': isinstance(
-                getattr(loader.batch_sampler, 'sampler', None), td.SequentialSampler),
-            'what its persistent_workers draw, a resumed training does not repeat':
-                loader.persistent_workers}
-        if any(ignored.values()):
-            texts = '; '.join(text for text, holds in ignored.items() if holds)
-            self._say_once(f'train_set is a DataLoader, used as it is: {texts}')
+        ignored = []
+        if loader.batch_size not in (None, self.batch_size):
+            ignored.append(f'its batches have {loader.batch_size} samples, and not '
+                           f'batch_size={self.batch_size}')
+        if isinstance(getattr(loader.batch_sampler, 'sampler', None), td.SequentialSampler):
+            ignored.append('it is not shuffled')
+        if loader.persistent_workers:
+            ignored.append('what its persistent_workers draw, a resumed training does not repeat')
+        if ignored:
+            self._say_once(f'train_set is a DataLoader, used as it is: {"; ".join(ignored)}')
 
     def _batches(self, loader):
         """The batches of a loader, on the device of the network."""
@@ -1065,10 +1068,12 @@ class Experiment:
         Subclasses may add their own. Stored and compared are plain values and texts (`repr`)."""
         train_set, val_set = getattr(self, 'train_set', None), getattr(self, 'val_set', None)
         ready = isinstance(train_set, td.DataLoader)
+        sizes = [operator.length_hint(data.dataset if isinstance(data, td.DataLoader) else data)
+                 for data in (train_set, val_set)]
         return {**(self.also_save or {}), 'Net': self.net, 'TrainSet': train_set,
                 'ValSet': val_set, 'Optimizer': self.optimizer, 'StatsManager': self.stats_manager,
                 'BatchSize': train_set.batch_size if ready else self.batch_size,
-                'TrainSetSize': _size(train_set), 'ValSetSize': _size(val_set),
+                'TrainSetSize': sizes[0] or None, 'ValSetSize': sizes[1] or None,
                 'PerformValidationDuringTraining': self.perform_validation_during_training,
                 'Seed': self.seed, 'Precision': self.precision, 'Scheduler': self._scheduler,
                 'GradClip': self.grad_clip, 'BatchesPerStep': self.batches_per_step,
@@ -1159,7 +1164,8 @@ class Experiment:
         """All take over the state of the first process, and what is frozen in it."""
         if _world_size() == 1:
             return
-        items, parameters = self._items(), _all_parameters(self.net)
+        items = self._items()
+        parameters = [parameter for _, parameter in nn.Module.named_parameters(self.net)]
         state = {name: item.state_dict() for name, item in items.items()}
         trained = [p.requires_grad for p in parameters]
         state, trained = _from_all(None if _rank() else (state, trained))[0]
@@ -1318,11 +1324,6 @@ def find_device(name='auto'):
                      "is not available here; use device='auto' for the best one that is") from wrong
 
 
-def _all_parameters(net):
-    """Those that a `NeuralNetwork` hides, too."""
-    return [parameter for _, parameter in nn.Module.named_parameters(net)]
-
-
 def _device_of(net):
     tensors = itertools.chain(nn.Module.named_parameters(net), net.named_buffers())
     return next((tensor.device for _, tensor in tensors), torch.device('cpu'))
@@ -1351,11 +1352,6 @@ def _tensors(batch):
     leaves = []
     _map(leaves.append, batch)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _size(data):
-    """How many samples, if that is known."""
-    return operator.length_hint(data.dataset if isinstance(data, td.DataLoader) else data) or None
 
 
 def mix_seeds(*numbers):
