@@ -17,7 +17,7 @@ from PIL import Image
 
 import denoising_utils as du
 from programs import run
-from programs.denoise import denoise_image, fold_batch_norm, half_precision
+from programs.inference import denoise_image, fold_batch_norm, half_precision
 from programs.timing import GIVEN_BACK, child, measure, ms, row, seconds, threads
 
 LAST = torch.channels_last

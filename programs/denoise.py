@@ -6,27 +6,24 @@
 Prints the level of the noise of each file before and after, as scikit-image estimates it.
 """
 import argparse
-import copy
-import itertools
-import math
-import os
 import sys
-import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
-from skimage.restoration import estimate_sigma
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm.auto import tqdm
 
 import denoising_utils as du
 import nntools as nt
 from programs import run
 from programs.image_files import check_new, check_target, read_image, write_image
+from programs.inference import (
+    TRAINED_LEVEL,
+    denoise_image,
+    for_level,
+    half_precision,
+    noise_level,
+)
 
 BLIND = 'dudncnn_blind'  # finds the level of the noise itself
-TRAINED_LEVEL = 30  # of the others, the assignment's
 
 
 def denoise_file(net, source, target, *, strength=1.0, precision=torch.float32, force=False):
@@ -51,135 +48,6 @@ def denoise_file(net, source, target, *, strength=1.0, precision=torch.float32, 
     image.pixels = denoise_image(net, image.pixels, strength=strength, precision=precision)
     write_image(image, target)
     return before, noise_level(image.pixels)
-
-
-def noise_level(image):
-    """An estimate of the standard deviation of white noise on the scale 0..255, as a number.
-
-    From the wavelet coefficients of the finest scale (`skimage.restoration.estimate_sigma`) of the
-    middle of an ``image`` (channels, height, width), at most 1024x1024 pixels. Fine texture counts
-    as noise; noise that was clipped, or is smooth itself, is underestimated.
-    """
-    height, width = image.shape[1:]
-    top, left = max(0, (height - 1024) // 2), max(0, (width - 1024) // 2)
-    middle = du.to_floats(image[:, top:top + 1024, left:left + 1024]).numpy() * 127.5
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # a few pixels give nothing to estimate from: nan, here 0
-        level = estimate_sigma(middle, channel_axis=0, average_sigmas=True)
-    return float(np.nan_to_num(level))
-
-
-# --- ways to apply a network ---------------------------------------------------------------------
-
-def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32):
-    """Denoises an image of any size with bounded memory, in tiles of ``tile`` pixels.
-
-    Each tile is read with a margin of half the receptive field or more, and cut where the pooling
-    cells of the whole image would be, so that the result is that of the untiled image up to
-    rounding. A progress bar shows in a terminal or notebook, unless TQDM_DISABLE is set.
-
-    Args:
-        net: a network for three channels, on any device.
-        image: a tensor (channels, height, width): floats in [-1, 1], or the integers of a file
-            (uint8 or uint16), of which only one tile at a time becomes floats. One channel (grey)
-            goes through the network as three equal ones, of whose results the mean is taken.
-        tile: side of the tiles in pixels.
-        strength: 1 for what the network returns, 0 for the image as it is, or a blend of both.
-        precision: the type in which the layers compute, such as ``torch.bfloat16``.
-
-    Returns a tensor like ``image`` on the CPU. Raises ValueError for another shape.
-    """
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError('image must be (channels, height, width) with 1 or 3 channels, '
-                         f'got the shape {tuple(image.shape)}')
-    channels, height, width = image.shape
-    cell, device, training = net.pooling_cell, net.device, net.training
-    tile = math.ceil(max(tile, 1) / cell) * cell
-    margin = math.ceil((net.receptive_field // 2 + 1) / cell) * cell
-    corners = [*itertools.product(range(0, height, tile), range(0, width, tile))]
-    quiet = bool(os.environ.get('TQDM_DISABLE')) or None  # None: where there is no terminal
-
-    result = torch.empty_like(image, device='cpu')
-    net.eval()
-    half = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    with torch.inference_mode(), half:
-        for top, left in tqdm(corners, unit='tile', leave=False, disable=quiet):
-            above, before = min(top, margin), min(left, margin)
-            part = image[:, top - above:top + tile + margin, left - before:left + tile + margin]
-            part = du.to_floats(part.to(device)).expand(1, 3, -1, -1)
-            part = part.contiguous(memory_format=torch.channels_last)
-            part = part.lerp(net(part).float(), strength)[0]
-            part = part[:, above:above + tile, before:before + tile]
-            if channels == 1:
-                part = part.mean(0, keepdim=True)
-            if not image.is_floating_point():
-                part = du.to_integers(part, image.dtype)
-            result[:, top:top + tile, left:left + tile] = part
-    net.train(training)
-    return result
-
-
-def self_ensemble(net):
-    """The mean over the eight flips and quarter turns of an image, as a function of images.
-
-    Images are (N, channels, height, width); each is turned, denoised by ``net``, and turned back,
-    for eight times the work (Timofte, Rothe and Van Gool, "Seven ways to improve example-based
-    single image super resolution", CVPR 2016).
-    """
-    def denoise(x):
-        total = torch.zeros_like(x)
-        for turns in range(4):
-            for axes in ([], [-1]):
-                changed = x.rot90(turns, (-2, -1)).flip(axes)
-                total += net(changed).flip(axes).rot90(-turns, (-2, -1))
-        return total / 8
-    return denoise
-
-
-def fold_batch_norm(net):
-    """A copy of a trained network in which each batch norm is part of the convolution before it.
-
-    It is the same function, but trained on as a network without batch norm.
-    """
-    net = copy.deepcopy(net).eval()
-    for k, bn in enumerate(net.bn):
-        if isinstance(bn, torch.nn.BatchNorm2d):
-            net.conv[k + 1] = fuse_conv_bn_eval(net.conv[k + 1], bn)
-            net.bn[k] = torch.nn.Identity()
-    return net
-
-
-def for_level(net, sigma, trained=TRAINED_LEVEL):
-    """A copy of a network, trained on noise of level ``trained``, for a higher level ``sigma``.
-
-    It scales its input down, so that the noise has the level it knows, and what it adds to it up
-    again. As the network is linear in its input up to the first bias, that is a matter of two
-    layers. Not for lower levels, where it doesn't help: there the copy is the network as it is.
-    """
-    net = copy.deepcopy(net)
-    factor = min(1, trained / sigma)
-    with torch.no_grad():
-        net.conv[0].weight.mul_(factor)
-        net.conv[-1].weight.div_(factor)
-        net.conv[-1].bias.div_(factor)
-    return net
-
-
-def half_precision(device):
-    """The `torch.dtype` in which layers compute fastest on ``device``.
-
-    It is half precision where the device has instructions for it. In 8 bits that changes about one
-    value in five to eight, nearly always by one.
-    """
-    if device.type == 'cuda':
-        return torch.float16
-    # Older versions of torch can't tell what the processor is able to do.
-    if device.type != 'cpu' or not hasattr(torch.cpu, 'get_capabilities'):
-        return torch.float32
-    abilities = torch.cpu.get_capabilities()
-    if abilities.get('avx512_bf16') or abilities.get('amx_bf16'):
-        return torch.bfloat16
-    return torch.float32
 
 
 # --- command line --------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from skimage import data
 
 import denoising_utils as du
 from programs import run
-from programs.denoise import BLIND, denoise_image, noise_level
+from programs.denoise import BLIND
 from programs.image_files import ImageFile, check_new, check_target, write_image
+from programs.inference import denoise_image, noise_level
 
 GAP = 8  # white pixels between two panels
 

@@ -20,7 +20,7 @@ import torch
 
 import denoising_utils as du
 from programs import run
-from programs.denoise import fold_batch_norm, for_level, self_ensemble
+from programs.inference import fold_batch_norm, for_level, self_ensemble
 from programs.tables import as_cell, line, read_rows, table
 from programs.trials import between_markers, trial_tables, write_trials
 

@@ -14,7 +14,7 @@ from torchvision.transforms import functional as transforms
 
 import denoising_utils as du
 from programs import run
-from programs.denoise import fold_batch_norm
+from programs.inference import fold_batch_norm
 from programs.train import number, parse
 
 

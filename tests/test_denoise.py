@@ -13,7 +13,8 @@ from PIL import Image
 
 import denoising_utils as du
 from programs import denoise, picture
-from programs.denoise import denoise_file, denoise_image, for_level, half_precision, noise_level
+from programs.denoise import denoise_file
+from programs.inference import denoise_image, for_level, half_precision, noise_level
 
 HERE = Path(__file__).resolve().parents[1]
 COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import denoising_utils as du
-from programs.denoise import denoise_image, fold_batch_norm, self_ensemble
+from programs.inference import denoise_image, fold_batch_norm, self_ensemble
 
 NETS = [du.DnCNN, du.UDnCNN, du.DUDnCNN]
 
