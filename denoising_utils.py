@@ -338,9 +338,7 @@ class DnCNN(NNRegressor):
         D: the number of blocks, 0 or more.
         C: features per layer.
         channels: of the images (1 for grey).
-        he_init: start every convolution but the last at He's initialisation (normal, fan-in; He
-            et al., ICCV 2015), and the weights of the course's batch norm at 1.25 sqrt(C);
-            otherwise everything stays at PyTorch's defaults.
+        he_init: start as `initialise` says; otherwise everything stays at PyTorch's defaults.
         batch_norm: ``'usual'`` (eps = 1e-5) or ``'course'`` (eps = C, which is what the
             assignment's ``BatchNorm2d(C, C)`` means: its second argument is eps), or ``'none'``.
         zero_last: start the last convolution at zero, so that the network starts as the identity.
@@ -364,14 +362,19 @@ class DnCNN(NNRegressor):
             nn.Identity() if batch_norm == 'none' else
             nn.BatchNorm2d(C, eps=C if batch_norm == 'course' else 1e-5) for _ in range(D))
         if he_init:
-            for conv in self.conv[:-1]:
-                nn.init.kaiming_normal_(conv.weight, nonlinearity='relu')
-            if batch_norm == 'course':
-                for bn in self.bn:
-                    nn.init.constant_(bn.weight, 1.25 * math.sqrt(C))
+            self.initialise(batch_norm)
         if zero_last:
-            nn.init.zeros_(self.conv[-1].weight)
-            nn.init.zeros_(self.conv[-1].bias)
+            for values in self.conv[-1].parameters():
+                nn.init.zeros_(values)
+
+    def initialise(self, batch_norm):
+        """He's initialisation (normal, fan-in; He et al., ICCV 2015) of all convolutions but the
+        last, and 1.25 sqrt(C) for the weights of the course's batch norm."""
+        for conv in self.conv[:-1]:
+            nn.init.kaiming_normal_(conv.weight, nonlinearity='relu')
+        if batch_norm == 'course':
+            for bn in self.bn:
+                nn.init.constant_(bn.weight, 1.25 * math.sqrt(self.C))
 
     @staticmethod
     def _check(D):
@@ -575,8 +578,7 @@ def receptive_field_map(net, offset=(0, 0), draws=8):
 
 
 def measure_receptive_field(net):
-    """The width in pixels of the largest `receptive_field_map` at any position in a pooling cell:
-    what ``net.receptive_field``, the formula, is held against."""
+    """The width in pixels of the largest `receptive_field_map` at any position in a cell."""
     columns = [receptive_field_map(net, (k, k)).any(0).nonzero() for k in range(net.pooling_cell)]
     return max(int(where.max() - where.min()) + 1 for where in columns)
 
