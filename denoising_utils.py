@@ -332,7 +332,7 @@ class DnCNN(NNRegressor):
 
     Convolution and ReLU, D blocks of convolution, batch norm and ReLU, and a last convolution whose
     output is added to the input; all 3x3, with C features. After Zhang et al., "Beyond a Gaussian
-    denoiser", IEEE TIP 2017. The receptive field is 2D + 5 pixels wide.
+    denoiser", IEEE TIP 2017.
 
     Args:
         D: the number of blocks, 0 or more.
@@ -368,8 +368,7 @@ class DnCNN(NNRegressor):
                 nn.init.zeros_(values)
 
     def initialise(self, batch_norm):
-        """He's initialisation (normal, fan-in; He et al., ICCV 2015) of all convolutions but the
-        last, and 1.25 sqrt(C) for the weights of the course's batch norm."""
+        """He's (ICCV 2015) for all convolutions but the last; 1.25 sqrt(C) for eps = C."""
         for conv in self.conv[:-1]:
             nn.init.kaiming_normal_(conv.weight, nonlinearity='relu')
         if batch_norm == 'course':
@@ -412,8 +411,7 @@ class UDnCNN(DnCNN):
 
     Each of the first D/2 - 1 blocks is followed by 2x2 max-pooling, and each of the last D/2 - 1
     preceded by unpooling to where the maxima were; features of the same scale are added and divided
-    by sqrt(2), which keeps their variance. Parameters as in `DnCNN`. The receptive field is
-    9 * 2**(D/2 - 1) pixels wide.
+    by sqrt(2), which keeps their variance. Parameters as in `DnCNN`.
 
     Args: as in `DnCNN`; D is even, 2 or more.
     """
@@ -468,7 +466,7 @@ class DUDnCNN(UDnCNN):
     """UDnCNN with dilated convolutions in place of pooling: every scale at full resolution.
 
     Where UDnCNN has pooled k times more than it has unpooled, the convolution has dilation 2**k
-    ("à trous"). Parameters as in `DnCNN`. The receptive field is 2**(D/2 + 2) + 1 pixels wide.
+    ("à trous"). Parameters as in `DnCNN`.
 
     Args: as in `UDnCNN`.
     """
