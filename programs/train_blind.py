@@ -14,6 +14,7 @@ from torchvision.transforms import functional as transforms
 
 import denoising_utils as du
 from programs import run
+from programs.camera import draw_between
 from programs.inference import fold_batch_norm
 from programs.train import number, parse
 
@@ -44,7 +45,11 @@ class BlindBSDSDataset(du.NoisyBSDSDataset):
     def __getitem__(self, index):
         index = range(len(self))[index]
         random = self._random(index)
-        image = self._photograph(index % len(self.files))
+        clean, channels = self._clean(self._photograph(index % len(self.files)), random)
+        return self._noisy(clean, channels, random), clean
+
+    def _clean(self, image, random):
+        """A crop, and its number of channels: 1 if it is grey."""
         channels = 3
         if self.jitter and du.draw(2, random):
             clean, channels = self._changed_crop(image, random)
@@ -52,15 +57,18 @@ class BlindBSDSDataset(du.NoisyBSDSDataset):
             clean = self._crop(image, random)
         if self.augment:
             clean = self._flip(clean, random)
+        return clean, channels
+
+    def _noisy(self, clean, channels, random):
         sigma = draw_between(*self.sigma, random)
         noise = torch.randn(channels, *clean.shape[1:], generator=random)
         noisy = clean + 2 * sigma / 255 * noise
         if self.clip and draw_between(0, 1, random) < self.clip:
             noisy = du.to_floats(du.to_integers(noisy))
-        return noisy, clean
+        return noisy
 
     def _changed_crop(self, image, random):
-        """A crop of another size and other colours, and its number of channels: 1 if it is grey."""
+        """A crop of another size and other colours, and its number of channels."""
         height, width = self.image_size
         zoom = draw_between(1, min(2.5, image.shape[1] / height, image.shape[2] / width), random)
         crop = self._crop(image, random, (int(zoom * height), int(zoom * width)))
@@ -74,11 +82,6 @@ class BlindBSDSDataset(du.NoisyBSDSDataset):
         crop = crop.add(1).div(2).clamp(0, 1)
         crop = transforms.adjust_contrast(transforms.adjust_saturation(crop, saturation), contrast)
         return crop.mul(2).sub(1), 1 if grey else 3
-
-
-def draw_between(low, high, random):
-    """A random number between the two."""
-    return low + (high - low) * torch.rand((), generator=random).item()
 
 
 @dataclasses.dataclass
