@@ -283,7 +283,7 @@ def find_leaks(folder, plan, stage):
         text = all_text(file)
         for leak in plan.leaks:
             if is_open(leak.part, stage):
-                found += [f'{file.relative_to(folder)}: {phrase!r}, an answer of part {leak.part}'
+                found += [f'{file.relative_to(folder)}: {phrase!r}'
                           for phrase in leak.phrases if phrase in text]
     return found
 

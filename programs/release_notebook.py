@@ -173,8 +173,10 @@ def sheet(notebook, plan):
     """What is graded by hand, as Markdown: question, full answer, typical mistakes, points."""
     by_hand = sum(part.points for part in plan.parts.values())
     by_tests = sum(one.points for one in plan.definitions)
-    texts = [f'# What is graded by hand\n\n{by_hand} points. With the {by_tests} that tests give, '
-             f'that is {by_hand + by_tests}.']
+    texts = ['# What is graded by hand',
+             f'{by_hand} points. With the {by_tests} that tests give, that is '
+             f'{by_hand + by_tests}. Full answers are those of the solved notebook, which says '
+             'more than is asked for; numbers are those of BSDS300, trained at full length.']
     for number, cells in parts_of(notebook).items():
         if number in plan.parts:
             texts.append(of_one_part(cells, plan.parts[number]))
