@@ -25,7 +25,7 @@ side_by_side = OMP_NUM_THREADS=1 TQDM_DISABLE=1
 tests = -m pytest -n logical --maxprocesses 4 --dist loadgroup tests
 
 .PHONY: help setup notebook refresh lab test test-lowest lint nbval train results ablation trials \
-        benchmark soak clean
+        benchmark release sheet soak clean
 
 help:  ## prints this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -110,6 +110,14 @@ trials: $(READY)  ## prints the tables of the trials behind the recipes
 benchmark: $(READY)  ## measures the speed of training, testing and denoising (minutes)
 	$(PY) -m programs.benchmark
 	$(PY) -m programs.benchmark_denoise
+
+release: $(READY)  ## writes the folder of students: STAGE=1, 2 or 3, OUT=FOLDER (docs/classroom.md)
+	@[ -n '$(STAGE)' ] && [ -n '$(OUT)' ] || { echo 'make release STAGE=1 OUT=FOLDER'; exit 1; }
+	$(PY) -m programs.release '$(STAGE)' '$(OUT)'
+
+sheet: $(READY)  ## writes what is graded by hand: OUT=FILE
+	@[ -n '$(OUT)' ] || { echo 'make sheet OUT=FILE'; exit 1; }
+	$(PY) -m programs.release sheet '$(OUT)'
 
 # None of them may end otherwise than one that was left alone.
 soak: $(READY)  ## kills 100 trainings, and interrupts 100 twice (minutes)

@@ -71,7 +71,7 @@ def student_notebook(notebook, plan, stage, classroom):
 def words(stage):
     """What stands for ``$stage``, ``$first`` and ``$last`` in a template."""
     first, last = stage.parts
-    return {'stage': stage.number, 'first': first, 'last': last, 'first_two': f'{first:02}'}
+    return {'stage': stage.number, 'first': first, 'last': last}
 
 
 def cover(parts, stage, classroom):
