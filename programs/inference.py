@@ -34,7 +34,7 @@ def noise_level(image):
 
 # --- ways to apply a network ---------------------------------------------------------------------
 
-def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32):
+def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32, out=None):
     """Denoises an image of any size with bounded memory, in tiles of ``tile`` pixels.
 
     Each tile is read with a margin of half the receptive field or more, and cut where the pooling
@@ -47,12 +47,15 @@ def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32):
             (uint8 or uint16), of which only one tile at a time becomes floats. One channel (grey)
             goes through the network as three equal ones, of whose results the mean is taken.
         tile: side of the tiles in pixels.
-        strength: 1 for what the network returns, 0 for the image as it is, or a blend of both.
+        strength: 1 for what the network returns, 0 for the image as it is, between them a blend,
+            and above 1 more than what the network takes away.
         precision: the type in which the layers compute, such as ``torch.bfloat16``.
+        out: what the result is written into, slice by slice, if not into a new tensor. It and
+            ``image`` may be `Pixels` of a file, which need not fit into memory.
 
-    Returns a tensor like ``image`` on the CPU. Raises ValueError for another shape.
+    Returns ``out``, or a tensor like ``image`` on the CPU. Raises ValueError for another shape.
     """
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
+    if len(image.shape) != 3 or image.shape[0] not in (1, 3):
         raise ValueError('image must be (channels, height, width) with 1 or 3 channels, '
                          f'got the shape {tuple(image.shape)}')
     channels, height, width = image.shape
@@ -62,7 +65,8 @@ def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32):
     corners = [*itertools.product(range(0, height, tile), range(0, width, tile))]
     quiet = bool(os.environ.get('TQDM_DISABLE')) or None  # None: where there is no terminal
 
-    result = torch.empty_like(image, device='cpu')
+    if out is None:
+        out = torch.empty_like(image, device='cpu')
     net.eval()
     half = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with torch.inference_mode(), half:
@@ -75,11 +79,11 @@ def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32):
             part = part[:, above:above + tile, before:before + tile]
             if channels == 1:
                 part = part.mean(0, keepdim=True)
-            if not image.is_floating_point():
+            if not image.dtype.is_floating_point:
                 part = du.to_integers(part, image.dtype)
-            result[:, top:top + tile, left:left + tile] = part
+            out[:, top:top + tile, left:left + tile] = part
     net.train(training)
-    return result
+    return out
 
 
 def self_ensemble(net):
