@@ -21,8 +21,9 @@ def stubs():
     except SyntaxError as error:
         sys.exit(f'{UTILITIES.name} is not Python: {error.msg} in line {error.lineno}. '
                  'Correct it, then try again.')
+    found = [(int(part), name) for part, name in STUB.findall(source)]
     return [f'part {part}: {name} is not written'
-            for part, name in STUB.findall(source) if int(part) <= LAST_PART]
+            for part, name in sorted(found) if part <= LAST_PART]
 
 
 def empty_answers():
