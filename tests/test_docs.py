@@ -43,7 +43,7 @@ def anchor(heading):
 # --- the pages -----------------------------------------------------------------------------------
 
 def test_there_are_the_pages():
-    names = 'nntools', 'photographs', 'results', 'testing', 'trials'
+    names = 'classroom', 'nntools', 'photographs', 'results', 'testing', 'trials'
     assert PAGES == ['README.md', *(f'docs/{name}.md' for name in names)]
 
 
