@@ -103,7 +103,12 @@ class Plan:
         numbers = ', '.join(str(stage.number) for stage in self.stages)
         raise ValueError(f'there is no stage {number}: it must be one of {numbers}')
 
+    def part(self, number):
+        """What is graded by hand in a part, perhaps nothing."""
+        return self.parts.get(number, Part(number))
+
     def replacements_in(self, file, stage):
+        """What is replaced in a file while parts of the stage, and later ones, are open."""
         return [one for one in self.replacements
                 if one.file == file and is_open(one.part, stage)]
 

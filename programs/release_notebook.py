@@ -58,10 +58,10 @@ def student_notebook(notebook, plan, stage, classroom):
     parts = {number: cells for number, cells in parts_of(notebook).items() if stage.has(number)}
     cells = [cover(parts, stage, classroom)]
     for number, part in parts.items():
-        if not stage.leaves_open(number):
+        if stage.leaves_open(number):
+            cells += unsolved(part, number, plan, classroom)
+        else:
             cells += solved(part)
-            continue
-        cells += Unsolved(part, number, plan, classroom).cells()
     new = v4.new_notebook(cells=cells, metadata=notebook.metadata)
     for k, cell in enumerate(new.cells):
         cell.id = f'cell-{k + 1:03}'
@@ -99,55 +99,47 @@ def as_given(cell):
     return v4.new_markdown_cell(source)
 
 
-class Unsolved:
-    """A part that students are to solve."""
+def unsolved(part, number, plan, classroom):
+    """The cells of a part that students are to solve: the question, places to predict and to
+    answer, and what is given between them."""
+    by_hand = plan.part(number)
+    yield v4.new_markdown_cell('\n\n'.join(paragraphs(part, answers=False)))
+    yield v4.new_markdown_cell(f'**Your prediction:** {TO_WRITE}')
+    definitions = [one for one in plan.definitions if one.part == number]
+    if definitions:
+        yield check(definitions, classroom / 'tests' / f'test_part_{number:02}.py')
 
-    def __init__(self, part, number, plan, classroom):
-        self.part, self.number = part, number
-        self.by_hand = plan.parts.get(number)
-        self.definitions = [one for one in plan.definitions if one.part == number]
-        self.test = classroom / 'tests' / f'test_part_{number:02}.py'
-        self.note = self.by_hand.note if self.by_hand else ''
-        self.task = self.by_hand.task if self.by_hand else ''
-
-    def cells(self):
-        """The question, places to predict and to answer, and what is given between them."""
-        yield v4.new_markdown_cell('\n\n'.join(paragraphs(self.part, answers=False)))
-        yield v4.new_markdown_cell(f'**Your prediction:** {TO_WRITE}')
-        if self.definitions:
-            yield self.check()
-        for cell in self.part[1:]:
-            yield from self.in_place_of(cell)
-        if self.by_hand:
-            points = self.by_hand.points
-            yield v4.new_markdown_cell(
-                f'**Your answer** (part {self.number}, points: {points}): {TO_WRITE}')
-
-    def check(self):
-        """The cell that tests what students write in the utilities."""
-        lines = ['# To write in denoising_utils.py:']
-        for one in self.definitions:
-            lines.append(f'#   {one.name} ({one.points})')
-        if self.test.is_file():
-            lines += ['# Then run this cell. (In brackets are the points.)', 'import sys', '',
-                      f'!{{sys.executable}} -m pytest -q tests/{self.test.name}']
-        return v4.new_code_cell('\n'.join(lines))
-
-    def in_place_of(self, cell):
-        """The cells that students get for one of the solved notebook."""
+    answer, solution = first(part, 'answer'), first(part, 'solution')
+    for cell in part[1:]:
         if has_tag(cell, 'given'):
             yield as_given(cell)
-        elif has_tag(cell, 'answer'):
-            if self.note:
-                yield v4.new_markdown_cell(self.note.strip())
-            self.note = ''
-        else:
-            if self.task:
-                comment = ''.join(f'# {line}\n' for line in self.task.strip().splitlines())
-                yield v4.new_code_cell(comment)
-            self.task = ''
+        if cell is answer and by_hand.note:
+            yield v4.new_markdown_cell(by_hand.note.strip())
+        if cell is solution:
+            lines = by_hand.task.strip().splitlines()
+            yield v4.new_code_cell(''.join(f'# {line}\n' for line in lines))
         if has_tag(cell, 'expected'):
             yield expected(cell)
+
+    if by_hand.points:
+        yield v4.new_markdown_cell(
+            f'**Your answer** (part {number}, points: {by_hand.points}): {TO_WRITE}')
+
+
+def first(part, tag):
+    """The first cell of a part with this tag, or None."""
+    return next((cell for cell in part if has_tag(cell, tag)), None)
+
+
+def check(definitions, test):
+    """The cell that says what is to be written in the utilities, and runs its public checks."""
+    lines = ['# To write in denoising_utils.py (in brackets: the points):']
+    for one in definitions:
+        lines.append(f'#   {one.name} ({one.points})' if one.points else f'#   {one.name}')
+    if test.is_file():
+        lines += ['# Then run this cell.', 'import sys', '',
+                  f'!{{sys.executable}} -m pytest -q tests/{test.name}']
+    return v4.new_code_cell('\n'.join(lines))
 
 
 def expected(cell):

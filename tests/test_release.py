@@ -291,6 +291,17 @@ def test_the_readme_is_of_its_stage(folders, stage):
     assert len(readme.splitlines()) <= 90  # two pages
 
 
+@pytest.mark.skipif(not shutil.which('make'), reason='no make here')
+def test_make_knows_the_commands_of_the_readme(copy):
+    readme = (copy / 'README.md').read_text(encoding='utf-8')
+    targets = re.findall(r'^ +make (\w+)', readme, flags=re.MULTILINE)
+    assert targets == ['test', 'submit']
+    for target in targets:
+        words = ['make', '--dry-run', target, 'PYTHON=snake']
+        done = subprocess.run(words, cwd=copy, capture_output=True, text=True, timeout=60)
+        assert done.stdout.startswith('snake '), done.stderr
+
+
 def test_submit_says_what_is_missing(copy, stage):
     code, said = run(copy, 'submit.py')
     first, last = stage.parts
