@@ -79,8 +79,8 @@ def mosaic(light):
 
 def sensor_noise(light, random):
     """Shot noise, whose variance grows with the light, and read noise; strengths as in the paper,
-    up to twice its highest."""
-    shot = draw_exponent(1e-4, 0.024, random)
+    up to three times its highest."""
+    shot = draw_exponent(1e-4, 0.036, random)
     read = math.exp(2.18 * math.log(shot) + 1.2 + 0.26 * torch.randn((), generator=random).item())
     noise = torch.randn(light.shape, generator=random)
     return light + noise * (shot * light + read).sqrt()
@@ -104,6 +104,14 @@ def camera_noise(clean, random):
     if draw_between(0, 1, random) < 0.5:
         noise = smooth(noise, draw_between(0.3, 0.8, random), draw_between(0.5, 2.5, random))
     return resize(noise, size)
+
+
+def smooth_noise(clean, random):
+    """White noise of a level up to 50 of 255, smoothed by a Gaussian or not, at the same level."""
+    noise = torch.randn(clean.shape, generator=random)
+    if draw_between(0, 1, random) < 0.5:
+        noise = gaussian_blur(noise, 7, draw_between(0.4, 1.5, random))
+    return noise * draw_between(0, 50 / 255, random) / noise.std()
 
 
 def resize(image, size):
@@ -131,8 +139,10 @@ def compress(image, quality, subsampling, corner=(0, 0)):
 
 
 def photographed(clean, random):
-    """``clean`` as a file from a camera has it: with noise, 8 bits, two of three compressed."""
-    noisy = (clean + camera_noise(clean, random)).clamp(0, 1)
+    """``clean`` as people's files have it: with noise from a camera, or a quarter of them with
+    noise that is the same in light and dark; in 8 bits, and two of three compressed."""
+    make = camera_noise if draw_between(0, 4, random) < 3 else smooth_noise
+    noisy = (clean + make(clean, random)).clamp(0, 1)
     if draw_between(0, 3, random) < 2:
         quality = int(draw_between(60, 101, random))
         subsampling = 2 if draw_between(0, 1, random) < 0.5 else 0
