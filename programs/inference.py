@@ -1,4 +1,5 @@
 """How a network is applied to a photograph of any size, and what it can be made fit for."""
+import contextlib
 import copy
 import itertools
 import math
@@ -7,6 +8,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from skimage.restoration import estimate_sigma
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
@@ -32,7 +34,53 @@ def noise_level(image):
     return float(np.nan_to_num(level))
 
 
+def find_noise(net, image, precision=torch.float32):
+    """How much noise a network finds where it finds least, on the scale 0..255, as a number.
+
+    It is the root mean square of what it takes away from blocks of 8x8 pixels, at nine places
+    spread over the ``image`` (channels, height, width): the level that three quarters of the blocks
+    exceed. Noise is everywhere; the flat parts of drawings have none.
+    """
+    side, levels = 128, []
+    tops, lefts = ({max(0, size - side) * third // 2 for third in range(3)}
+                   for size in image.shape[1:])
+    with _ready(net, precision):
+        for top, left in itertools.product(tops, lefts):
+            part = _as_input(net, image[:, top:top + side, left:left + side])
+            removed = (part - net(part)).square().mean(1, keepdim=True)
+            levels.append(F.avg_pool2d(removed, 8, ceil_mode=True).flatten())
+    return 127.5 * torch.cat(levels).quantile(0.25).sqrt().item()
+
+
+def trust(level):
+    """How much of what a network takes away is noise, 0 to 1, by what `find_noise` says.
+
+    Between the two levels is a blend. How they were chosen: docs/results.md, *Without noise*.
+    """
+    none, full = 1.0, 2.0
+    return min(1.0, max(0.0, (level - none) / (full - none)))
+
+
 # --- ways to apply a network ---------------------------------------------------------------------
+
+@contextlib.contextmanager
+def _ready(net, precision):
+    """Inside, ``net`` is in evaluation mode, and its layers compute in that precision."""
+    training = net.training
+    half = torch.autocast(net.device.type, precision, enabled=precision != torch.float32)
+    net.eval()
+    try:
+        with torch.inference_mode(), half:
+            yield
+    finally:
+        net.train(training)
+
+
+def _as_input(net, part):
+    """A part of an image as floats (1, 3, height, width), where the network is."""
+    part = du.to_floats(part.to(net.device)).expand(1, 3, -1, -1)
+    return part.contiguous(memory_format=torch.channels_last)
+
 
 def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32, out=None):
     """Denoises an image of any size with bounded memory, in tiles of ``tile`` pixels.
@@ -59,7 +107,7 @@ def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32, o
         raise ValueError('image must be (channels, height, width) with 1 or 3 channels, '
                          f'got the shape {tuple(image.shape)}')
     channels, height, width = image.shape
-    cell, device, training = net.pooling_cell, net.device, net.training
+    cell = net.pooling_cell
     tile = math.ceil(max(tile, 1) / cell) * cell
     margin = math.ceil((net.receptive_field // 2 + 1) / cell) * cell
     corners = [*itertools.product(range(0, height, tile), range(0, width, tile))]
@@ -67,14 +115,11 @@ def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32, o
 
     if out is None:
         out = torch.empty_like(image, device='cpu')
-    net.eval()
-    half = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    with torch.inference_mode(), half:
+    with _ready(net, precision):
         for top, left in tqdm(corners, unit='tile', leave=False, disable=quiet):
             above, before = min(top, margin), min(left, margin)
             part = image[:, top - above:top + tile + margin, left - before:left + tile + margin]
-            part = du.to_floats(part.to(device)).expand(1, 3, -1, -1)
-            part = part.contiguous(memory_format=torch.channels_last)
+            part = _as_input(net, part)
             part = part.lerp(net(part).float(), strength)[0]
             part = part[:, above:above + tile, before:before + tile]
             if channels == 1:
@@ -82,7 +127,6 @@ def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32, o
             if not image.dtype.is_floating_point:
                 part = du.to_integers(part, image.dtype)
             out[:, top:top + tile, left:left + tile] = part
-    net.train(training)
     return out
 
 
@@ -113,6 +157,21 @@ def fold_batch_norm(net):
         if isinstance(bn, torch.nn.BatchNorm2d):
             net.conv[k + 1] = fuse_conv_bn_eval(net.conv[k + 1], bn)
             net.bn[k] = torch.nn.Identity()
+    return net
+
+
+def fold(net):
+    """A copy of a trained network that computes the same with fewer steps, for inference alone.
+
+    Batch norms are part of the convolutions before them, and divisions by the square root of two
+    part of those after them.
+    """
+    net = fold_batch_norm(net)
+    if getattr(type(net), 'join', None) is du.UDnCNN.join:
+        with torch.no_grad():
+            for conv in net.conv[net.D // 2 + 2:]:
+                conv.weight.div_(math.sqrt(2))
+        net.join = torch.Tensor.add_
     return net
 
 
