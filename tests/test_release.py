@@ -328,7 +328,8 @@ def test_submit_is_content_with_a_solution(copy):
     ('Assignment4.ipynb', None, 'Assignment4.ipynb is missing'),
     ('denoising_utils.py', None, 'denoising_utils.py is missing'),
     ('Assignment4.ipynb', 'print(1)', 'is not a notebook'),
-    ('denoising_utils.py', 'def f(:\n', 'is not Python: .* in line 1')])
+    ('denoising_utils.py', 'def f(:\n', r'not Python: .*utils\.py, line 1\)'),
+    ('denoising_utils.py', 'x = "\0"', 'not Python: ')])
 def test_submit_refuses(folders, tmp_path, name, text, words):
     folder = shutil.copytree(folders[1], tmp_path / 'copy')
     (folder / name).unlink()

@@ -15,12 +15,11 @@ STUB = re.compile(r"NotImplementedError\('part (\d+): write ([\w.]+)'\)")
 
 def stubs():
     """What is still to be written in the utilities: a list of lines. Exits if it isn't Python."""
-    source = read(UTILITIES)
     try:
-        ast.parse(source)
-    except SyntaxError as error:
-        sys.exit(f'{UTILITIES.name} is not Python: {error.msg} in line {error.lineno}. '
-                 'Correct it, then try again.')
+        source = read(UTILITIES)
+        ast.parse(source, UTILITIES.name)
+    except (SyntaxError, ValueError) as error:  # the latter of what isn't a text
+        sys.exit(f'This is not Python: {error}. Correct it, then try again.')
     found = [(int(part), name) for part, name in STUB.findall(source)]
     return [f'part {part}: {name} is not written'
             for part, name in sorted(found) if part <= LAST_PART]
