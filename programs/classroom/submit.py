@@ -19,7 +19,7 @@ def stubs():
         source = read(UTILITIES)
         ast.parse(source, UTILITIES.name)
     except (SyntaxError, ValueError) as error:  # the latter of what isn't a text
-        sys.exit(f'This is not Python: {error}. Correct it, then try again.')
+        sys.exit(f'{UTILITIES.name} is not Python: {error}. Correct it, then try again.')
     found = [(int(part), name) for part, name in STUB.findall(source)]
     return [f'part {part}: {name} is not written'
             for part, name in sorted(found) if part <= LAST_PART]
