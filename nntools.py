@@ -168,7 +168,7 @@ class StatsManager:
         TypeError asks for it, and where ``d`` has several rows a sample, as boxes in an image."""
         for part in (d, x):
             if isinstance(part, torch.Tensor):
-                return len(part) if part.ndim else 1
+                return part.size(0) if part.ndim else 1
             if isinstance(part, nn.utils.rnn.PackedSequence):
                 return int(part.batch_sizes[0])
         sizes = {len(tensor) if tensor.ndim else 0 for tensor in _tensors([x, d])}
