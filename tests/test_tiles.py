@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import denoising_utils as du
-from programs.inference import denoise_image, fold_batch_norm, self_ensemble
+from programs.inference import denoise_image, fold, fold_batch_norm, self_ensemble
 
 NETS = [du.DnCNN, du.UDnCNN, du.DUDnCNN]
 
@@ -20,6 +20,16 @@ def test_a_folded_batch_norm_changes_nothing(make):
     folded = fold_batch_norm(net)
     torch.testing.assert_close(folded(x), net.eval()(x))
     assert not any('bn' in name for name in folded.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(fold(net)(x), net.eval()(x))
+
+
+@pytest.mark.parametrize('arm', ['skips', 'dilation', 'pooling', 'udncnn', 'dudncnn'])
+def test_folded_divisions_change_nothing(arm):
+    torch.manual_seed(0)
+    net, x = du.make_network(arm, 6, C=4).eval(), torch.randn(1, 3, 33, 40)
+    with torch.inference_mode():
+        torch.testing.assert_close(fold(net)(x), net(x))
 
 
 @settings(max_examples=15)
