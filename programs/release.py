@@ -42,8 +42,9 @@ class Stage:
     scores: list[str] = dataclasses.field(default_factory=list)  # the networks in scores.csv
 
     def leaves_open(self, part):
-        """Whether a part isn't solved in what is handed out: it is of this stage, or a later."""
-        return part >= self.parts[0]
+        """Whether a part isn't solved in what is handed out: it is of this stage, or a later.
+        None, of what holds for all parts, is always open."""
+        return part is None or part >= self.parts[0]
 
     def has(self, part):
         """Whether a part is in what is handed out, solved or not."""
@@ -110,7 +111,7 @@ class Plan:
     def replacements_in(self, file, stage):
         """What is replaced in a file while parts of the stage, and later ones, are open."""
         return [one for one in self.replacements
-                if one.file == file and is_open(one.part, stage)]
+                if one.file == file and stage.leaves_open(one.part)]
 
 
 def read_plan(file=PLAN):
@@ -125,11 +126,6 @@ def read_plan(file=PLAN):
         parts={part.number: part for part in parts},
         replacements=[Replacement(**row) for row in plan['replacement']],
         leaks=[Leak(**row) for row in plan['leak']])
-
-
-def is_open(part, stage):
-    """Whether an entry of the plan with this part (or None) holds in a stage."""
-    return part is None or stage.leaves_open(part)
 
 
 # --- code ----------------------------------------------------------------------------------------
@@ -287,7 +283,7 @@ def find_leaks(folder, plan, stage):
             continue
         text = all_text(file)
         for leak in plan.leaks:
-            if is_open(leak.part, stage):
+            if stage.leaves_open(leak.part):
                 found += [f'{file.relative_to(folder)}: {phrase!r}'
                           for phrase in leak.phrases if phrase in text]
     return found
