@@ -6,17 +6,12 @@ It goes on from dudncnn_blind. How checkpoints/dudncnn_photo was trained stands 
 """
 import dataclasses
 
-import torch
-
 import denoising_utils as du
 from programs import run
-from programs.camera import compress, draw_between, photographed
-from programs.tables import line, table
+from programs.camera import draw_between, photographed
+from programs.kinds import print_kinds
 from programs.train import parse
 from programs.train_blind import BlindBSDSDataset, BlindRecipe
-
-KINDS = ('sigma 5', 'sigma 10', 'sigma 15', 'sigma 25', 'sigma 30', 'sigma 50', 'camera',
-         'correlated', 'correlated, JPEG', 'white, JPEG', 'clean')
 
 
 class PhotoBSDSDataset(BlindBSDSDataset):
@@ -58,38 +53,6 @@ class PhotoRecipe(BlindRecipe):
                                 jitter=self.jitter, **options)
 
 
-def pairs_of(kind, photographs, which):
-    """Pairs (noisy, clean) in 8 bits, the same at each call: the fixed test's crops of 160 pixels
-    (`denoising_utils.benchmark_pairs`) with one of the `KINDS` of noise."""
-    random = torch.Generator().manual_seed(0)
-    sigma = float(kind.removeprefix('sigma ')) if kind.startswith('sigma') else 0
-    for noisy, clean in du.benchmark_pairs(photographs, sigma, 160, clip=True, **which):
-        image = (clean[0] + 1) / 2
-        if kind == 'camera':
-            image = photographed(image, random)
-        if kind.startswith(('correlated', 'white')):
-            noise = 15 / 255 * torch.randn(image.shape, generator=random)
-            if kind.startswith('correlated'):  # by its neighbours, at the same strength
-                noise = 3 * torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
-            image = (image + noise).clamp(0, 1)
-        if kind.endswith('JPEG'):
-            image = compress(image, 75, 2)
-        if not kind.startswith('sigma'):
-            noisy = du.to_floats(du.to_integers(image * 2 - 1))[None]
-        yield noisy, clean
-
-
-def print_kinds(nets, photographs, which):
-    """Prints the PSNR of networks by kind of noise, as Markdown: a dict of name to network."""
-    print(*table(['noise, in 8 bits', 'noisy (dB)', *nets]), sep='\n')
-    for kind in KINDS:
-        scores = []
-        for denoise in (torch.clone, *nets.values()):
-            pairs = pairs_of(kind, photographs, which)
-            scores.append(du.benchmark(denoise, pairs)['psnr'].mean())
-        print(line([kind, *(f'{score:.2f}' for score in scores)]), flush=True)
-
-
 def main(words=None):
     recipe, args = parse(words, PhotoRecipe, 'train_photo', __doc__)
     photographs = du.find_photographs(args.data)
@@ -97,8 +60,7 @@ def main(words=None):
     exp.run(recipe.epochs)
     if recipe.hold_out:
         start, _ = du.load_network('dudncnn_blind')
-        print_kinds({'dudncnn_blind': start, 'trained': exp.net}, photographs,
-                    {'mode': 'train', 'subset': du.HELD_OUT})
+        print_kinds({'dudncnn_blind': start, 'trained': exp.net}, photographs, hold_out=True)
         print(f'training took {sum(exp.seconds) / 60:.1f} minutes')
 
 

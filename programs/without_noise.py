@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 import denoising_utils as du
 from programs import run
 from programs.inference import find_noise, fold, trust
+from programs.kinds import CAMERA, pairs_of
 from programs.tables import line, table
-from programs.train_photo import pairs_of
 
 SIZE = (480, 320)  # of drawings and screenshots, in pixels
 HELD_OUT = {'mode': 'train', 'subset': du.HELD_OUT}
@@ -72,7 +72,7 @@ def pictures():
     yield 'screenshots', [(image, None) for image in screenshots()]
     clean = du.NoisyBSDSDataset(photographs, 'train', 320, 0, subset=du.HELD_OUT, seed=0)
     yield 'photographs, clean', [(du.to_integers(image), None) for image, _ in clean]
-    for kind in ('sigma 3', 'sigma 5', 'sigma 15', 'camera', 'correlated'):
+    for kind in ('white, 5', 'white, 10', CAMERA, 'shared, 15'):
         pairs = pairs_of(kind, photographs, HELD_OUT)
         yield f'photographs, {kind}', [(du.to_integers(noisy[0]), clean) for noisy, clean in pairs]
 
