@@ -340,6 +340,21 @@ def test_submit_refuses(folders, tmp_path, name, text, words):
     assert not (folder / 'submission.zip').exists()
 
 
+def test_a_stage_has_the_checks_of_its_parts(tmp_path, monkeypatch):
+    classroom = shutil.copytree(release.CLASSROOM, tmp_path / 'classroom')
+    (classroom / 'tests').mkdir(exist_ok=True)
+    for name in ('conftest.py', 'test_part_05.py', 'test_part_15.py'):
+        (classroom / 'tests' / name).write_text('', encoding='utf-8')
+    monkeypatch.setattr(release, 'CLASSROOM', classroom)
+    release.release(1, tmp_path / 'out')
+    names = [file.name for file in (tmp_path / 'out' / 'tests').iterdir()]
+    assert {'conftest.py', 'test_part_05.py'} <= set(names) and 'test_part_15.py' not in names
+    notebook = release.all_text(tmp_path / 'out' / 'Assignment4.ipynb')
+    assert '!{sys.executable} -m pytest -q tests/test_part_05.py' in notebook
+
+
+@pytest.mark.skipif(not [*release.CLASSROOM.glob('tests/test_part_*.py')],
+                    reason='no public checks yet')
 def test_public_checks_tell_stubs_from_a_solution(copy, stage):
     code, said = run(copy, '-m', 'pytest', '-q', 'tests')
     assert code == 1, said
