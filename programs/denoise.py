@@ -8,46 +8,63 @@ Prints the level of the noise of each file before and after, as scikit-image est
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import denoising_utils as du
 import nntools as nt
-from programs import run
-from programs.image_files import check_new, check_target, read_image, write_image
+from programs import run, say
+from programs.formats import new_file
+from programs.image_files import check_format, read_image, write_image
 from programs.inference import (
     TRAINED_LEVEL,
     denoise_image,
+    find_noise,
+    fold,
     for_level,
     half_precision,
     noise_level,
+    trust,
 )
+from programs.pixels import Pixels
 
-BLIND = 'dudncnn_blind'  # finds the level of the noise itself
+# Both find the level of the noise themselves: white noise, and that of people's files too.
+BLIND, PHOTO = 'dudncnn_blind', 'dudncnn_photo'
 
 
-def denoise_file(net, source, target, *, strength=1.0, precision=torch.float32, force=False):
+class Report(NamedTuple):
+    """What is said of a file that was denoised."""
+    before: float  # the `noise_level` of the file
+    after: float
+    strength: float  # see `denoise_image`
+    left_out: list  # the names of what it has and the format of the result can't hold
+
+
+def denoise_file(net, source, target, *, strength=None, precision=torch.float32, force=False):
     """Denoises an image file at full size and writes the result to ``target``.
 
     What is read and what is kept: see `read_image` and `write_image`. For ``strength`` and
-    ``precision`` see `denoise_image`. Returns the `noise_level` of the file before and after.
-    ``target`` appears whole or not at all.
+    ``precision`` see `denoise_image`; by default ``strength`` is 1, or less where the network finds
+    hardly any noise, see `trust`. Returns a `Report`. ``target`` appears whole or not at all.
 
     Raises ValueError if ``source`` can't be read as an image, or ``target`` not written in the
     format that its name says; FileExistsError if there is such a file, unless ``force`` is true.
     """
-    # Anything that is wrong with the two files is found before the work.
     source, target = Path(source), Path(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f'{target} is the file to read: choose another name for the result')
-    check_new(target, force)
-    image = read_image(source)
-    check_target(image, target)
+    with new_file(target, force) as file:
+        # Anything that is wrong with the two files is found before the work.
+        image = read_image(source, file.parent)
+        check_format(image, file)
 
-    before = noise_level(image.pixels)
-    image.pixels = denoise_image(net, image.pixels, strength=strength, precision=precision)
-    write_image(image, target)
-    return before, noise_level(image.pixels)
+        if strength is None:
+            strength = trust(find_noise(net, image.pixels, precision))
+        result = Pixels(file.with_name('denoised'), image.header[:image.pixels.shape[0]])
+        denoise_image(net, image.pixels, strength=strength, precision=precision, out=result)
+        left_out = write_image(image, result, file)
+        return Report(noise_level(image.pixels), noise_level(result), strength, left_out)
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -62,12 +79,13 @@ def parse(words=None):
              'or with --to any number of files to read')
     add('--to', type=Path, metavar='FOLDER',
         help='folder for the results, which have the names of the files')
-    add('--net', choices=[*du.COMPARED, BLIND], default=BLIND,
+    add('--net', choices=[*du.COMPARED, 'dudncnn_400', BLIND, PHOTO], default=PHOTO,
         help='which network (default: %(default)s)')
     add('--sigma', type=float,
         help=f'level of the noise, for networks that were trained on one ({TRAINED_LEVEL})')
-    add('--strength', type=float, default=1,
-        help='0 leaves the image as it is, between 0 and 1 is a blend (default: %(default)s)')
+    add('--strength', type=float,
+        help='0 leaves the image as it is, between 0 and 1 is a blend, up to 2 takes away more '
+             '(default: 1, or less where there is hardly any noise)')
     add('--force', action='store_true', help='replace files that exist')
     return parser.parse_args(words)
 
@@ -75,15 +93,15 @@ def parse(words=None):
 def check_options(args):
     """Raises ValueError for a level or a strength that makes no sense."""
     if args.sigma is not None:
-        if args.net == BLIND or not args.sigma > 0:
+        if args.net in (BLIND, PHOTO) or not args.sigma > 0:
             raise ValueError('--sigma is for networks of one level, and above 0: '
-                             f'{BLIND} finds the level itself')
+                             f'{BLIND} and {PHOTO} find the level themselves')
         if args.sigma < TRAINED_LEVEL:
             raise ValueError(f'--sigma must be {TRAINED_LEVEL}, on which these networks were '
                              f'trained, or more, got {args.sigma:g}: '
-                             f'take {BLIND}, which finds the level itself')
-    if not 0 <= args.strength <= 1:
-        raise ValueError(f'--strength must be from 0 to 1, got {args.strength}')
+                             f'take {PHOTO}, which finds the level itself')
+    if args.strength is not None and not 0 <= args.strength <= 2:
+        raise ValueError(f'--strength must be from 0 to 2, got {args.strength}')
 
 
 def name_results(files, folder):
@@ -104,6 +122,22 @@ def name_results(files, folder):
     return list(zip(files, targets))
 
 
+def describe(report, source, target, by_rule):
+    """What is said of a file, in lines. ``by_rule``: nobody has asked for another strength."""
+    yield (f'{target}: noise level {report.before:.1f} before, {report.after:.1f} after '
+           '(estimated, of 255)')
+    if by_rule and report.strength == 0:
+        yield f'{target}: hardly any noise was found, so nothing was changed; --strength 1 does'
+    elif by_rule and report.strength < 1:
+        yield (f'{target}: hardly any noise was found, so the strength is {report.strength:.2f}; '
+               '--strength 1 takes away all of it')
+    if report.after > report.before + 0.05:
+        yield f'{target}: the level rose, as the estimate takes fine detail for noise'
+    if report.left_out:
+        yield (f"{target}: {target.suffix} can't hold all of {source.name}, left out: "
+               + ', '.join(report.left_out))
+
+
 def main(words=None):
     args = parse(words)
     check_options(args)
@@ -113,21 +147,24 @@ def main(words=None):
     net, _ = du.load_network(args.net)
     if args.sigma is not None:
         net = for_level(net, args.sigma)
-    net = net.to(nt.find_device(), memory_format=torch.channels_last)
+    net = fold(net).to(nt.find_device(), memory_format=torch.channels_last)
     precision = half_precision(net.device)
 
     # A file that can't be denoised doesn't keep the others waiting.
-    failed = 0
+    done = failed = 0
     for source, target in pairs:
         try:
-            before, after = denoise_file(net, source, target, strength=args.strength,
-                                         precision=precision, force=args.force)
+            report = denoise_file(net, source, target, strength=args.strength,
+                                  precision=precision, force=args.force)
         except (OSError, ValueError) as error:
             failed += 1
             print(error, file=sys.stderr)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f'{done} of {len(pairs)} files are done') from None
         else:
-            print(f'{target}: noise level {before:.1f} before, {after:.1f} after '
-                  '(estimated, of 255)', flush=True)
+            done += 1
+            for line in describe(report, source, target, args.strength is None):
+                say(line)
     if failed:
         raise SystemExit(f'{failed} of {len(pairs)} files could not be denoised')
 

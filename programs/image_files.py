@@ -1,250 +1,154 @@
-"""Image files: read as tensors of integers with what describes the photograph, and written again.
+"""Photographs: read from files as grey or RGB, and written again with what describes them.
 
-    image = read_image('in.tif')   # image.pixels: (1 or 3, height, width), 8 or 16 bits a value
-    write_image(image, 'out.tif')  # with its transparency, EXIF and colour profile
+    with new_file(target) as file:
+        image = read_image(source, file.parent)
+        check_format(image, file)
+        left_out = write_image(image, image.pixels, file)
 """
-import contextlib
 import dataclasses
-import io
-import os
-import tempfile
-import warnings
 from pathlib import Path
 
-import numpy as np
-import tifffile
-import torch
-from PIL import ExifTags, Image, ImageOps
+import pyvips
 
-import denoising_utils as du
-
-Tag = ExifTags.Base
-
-# The tags of a TIFF (EXIF has the same ones) that describe the photograph.
-# The others below 700 say how the pixels are stored, which is no longer true of a new file.
-DESCRIPTIVE_TAGS = {
-    Tag.ImageDescription, Tag.Make, Tag.Model, Tag.Software, Tag.DateTime, Tag.Artist,
-    Tag.HostComputer, Tag.XResolution, Tag.YResolution, Tag.ResolutionUnit,
-}
+from programs import formats, metadata
+from programs.pixels import Pixels
 
 
 @dataclasses.dataclass
 class ImageFile:
-    """What an image file holds, see `read_image` and `write_image`."""
-    pixels: torch.Tensor  # (1 or 3, height, width) of uint8 or uint16
-    alpha: Image.Image | None = None  # its transparency, 8 bits
-    exif: bytes = b''
-    icc_profile: bytes | None = None
+    """What an image file holds, see `read_image`."""
+    source: Path
+    header: pyvips.Image  # its size, resolution, colour profile and texts
+    pixels: Pixels  # on disk
 
 
 # --- reading -------------------------------------------------------------------------------------
 
-def read_image(file):
-    """Reads an image file of any kind that Pillow knows: an `ImageFile`.
+def read_image(source, folder):
+    """Reads a photograph of any format that libvips or Pillow knows; its pixels lie in ``folder``.
 
-    A camera's rotation mark (EXIF) is applied, and left out of the EXIF of the result. Palettes,
-    CMYK and other models of colour become RGB. 16 bits are kept in grey files and in TIFF; of other
-    colours of 16 bits Pillow reads 8, and a warning says so (but for PPM). An EXIF that is damaged
-    is left out, with a warning.
+    It stands upright, in grey or RGB of 8 or 16 bits. Other models of colour become sRGB by the
+    profile in the file. Where it is transparent, it gets the colours around: what nobody sees would
+    spread into what one does.
 
-    Raises ValueError, naming the file and why, if it can't be read as one still image.
+    Raises ValueError, naming the file and why, if it can't be read as one photograph.
     """
-    if Path(file).is_dir():
-        raise ValueError(f'{file} is a folder: name the image files in it')
-
-    # Everything that decodes the file, and so may fail in any way if the file is damaged.
-    deep_pixels = None
+    _refuse_by_kind(source)
     try:
-        with Image.open(file) as image:
-            frames = getattr(image, 'n_frames', 1)
-            if image.format == 'MPO':  # a camera's JPEG, with previews behind it
-                frames = 1
-            is_deep = _has_deep_colours(image)
-            is_upright = image.getexif().get(Tag.Orientation, 1) == 1
-            ImageOps.exif_transpose(image, in_place=True)
-            exif = _descriptive_exif(image, file)
-            is_tiff_in_rgb = image.format == 'TIFF' and image.mode == 'RGB'
-            if is_deep and is_tiff_in_rgb and is_upright and frames == 1:
-                # Some compressions need another package, and Pillow's 8 bits must do.
-                with contextlib.suppress(ValueError):
-                    deep_pixels = _to_tensor(_read_tiff(file))
-            if deep_pixels is None:
-                image.load()
-    except FileNotFoundError:
-        raise ValueError(f'there is no file {file}') from None
-    except Exception as error:
-        raise ValueError(f'{file} is not a readable image ({error})') from error
+        image = formats.load(source, folder)
+        _refuse_by_contents(source, image)
+        image = _to_grey_or_rgb(image)
+        if image.hasalpha():
+            image = _without_the_unseen(image)
+        pixels = Pixels(folder / 'pixels', image)
+        with formats.disk_errors():
+            image.rawsave(str(pixels.file))
+    except pyvips.Error as error:
+        raise _explained(error, source) from error
+    return ImageFile(source, image, pixels)
 
-    icc_profile = image.info.get('icc_profile')
-    if image.mode == 'CMYK':  # it becomes RGB, of which this profile knows nothing
-        icc_profile = None
-    if deep_pixels is not None:
-        return ImageFile(deep_pixels, exif=exif, icc_profile=icc_profile)
 
-    # What can't be read, or only in part.
+def _refuse_by_kind(source):
+    if source.is_dir():
+        raise ValueError(f'{source} is a folder: name the image files in it')
+    if not source.exists():
+        raise ValueError(f'there is no file {source}')
+    if metadata.is_raw(source):
+        raise ValueError(f'{source} is a raw file, with what the sensor of a camera measured: '
+                         'develop it first, into TIFF of 16 bits')
+    frames = formats.count_frames(source)
     if frames > 1:
-        raise ValueError(f'{file} has {frames} frames or pages: '
+        raise ValueError(f'{source} has {frames} frames or pages: '
                          'save the one to denoise as a file of its own')
-    if is_deep:
-        warnings.warn(f'{file} has colours of 16 bits, of which 8 were read: TIFF that is upright '
-                      'and opaque, and not compressed by LZW, keeps them', stacklevel=2)
-    is_of_32_bits = image.mode == 'F'
-    if image.mode == 'I':
-        lowest, highest = image.getextrema()
-        is_of_32_bits = lowest < 0 or highest > 65535
-    if is_of_32_bits:
-        raise ValueError(f'{file} has values of 32 bits, whose range is unknown: '
+
+
+def _refuse_by_contents(source, image):
+    if image.get('vips-loader').startswith('svg'):
+        raise ValueError(f'{source} is a drawing of lines, not pixels: save it as .png')
+    if image.format not in ('uchar', 'ushort') and image.interpretation != 'labs':
+        raise ValueError(f'{source} has values of the type {image.format}, whose range is unknown: '
                          'save it with 8 or 16 bits')
-
-    # Grey of 16 bits (Pillow's modes I and I;16) is taken as it is, all else as grey or RGB of 8.
-    alpha = None
-    if not image.mode.startswith('I'):
-        if image.has_transparency_data:
-            alpha = image.convert('RGBA').getchannel('A')
-        is_grey = image.mode in ('1', 'L', 'LA')
-        image = image.convert('L' if is_grey else 'RGB')
-    return ImageFile(_to_tensor(np.array(image)), alpha, exif, icc_profile)
+    if image.bands > 4:
+        raise ValueError(f'{source} has {image.bands} channels: save it as grey or RGB')
 
 
-def _has_deep_colours(image):
-    """Whether a file has colours of more than 8 bits, of which Pillow reads 8."""
-    if image.mode[0] in 'IF':  # grey, which it reads as it is
-        return False
-    if image.format == 'TIFF':
-        return max(image.tag_v2.get(Tag.BitsPerSample, [8])) > 8
-    return ';16' in str(image.tile)
+def _explained(error, source):
+    """What libvips says of a file that it can't read, as a ValueError."""
+    reason = [line for line in error.detail.split('\n') if ': ' in line][-1]
+    with open(source, 'rb') as stream:
+        kind = stream.read(12)[4:]
+    if kind in (b'ftypheic', b'ftypheix', b'ftypmif1'):
+        reason = 'HEIC, for which there is no decoder here: save it as JPEG, PNG or TIFF'
+    return ValueError(f'{source} is not a readable image ({reason})')
 
 
-def _read_tiff(file):
-    """The pixels of a TIFF in colour, (height, width, 3), whichever way they are stored."""
-    with tifffile.TiffFile(file) as tiff:
-        page = tiff.pages[0]
-        values = page.asarray()
-    if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
-        values = np.moveaxis(values, 0, -1)  # (3, height, width) -> (height, width, 3)
-    return values
+def _to_grey_or_rgb(image):
+    if image.interpretation == 'cmyk':
+        depth = 16 if image.format == 'ushort' else 8
+        return image.icc_transform('srgb', input_profile='cmyk', embedded=True, depth=depth)
+    if image.interpretation == 'labs':
+        return image.colourspace('rgb16')
+    return image
 
 
-def _to_tensor(values):
-    """Integers (height, width) or (height, width, 3) as a tensor (1 or 3, height, width)."""
-    if values.dtype != np.uint8:
-        values = values.astype(np.uint16)
-    return torch.from_numpy(np.atleast_3d(values)).permute(2, 0, 1)
-
-
-def _descriptive_exif(image, file):
-    """The EXIF of a Pillow image, without the tags that say how its pixels are stored."""
-    try:
-        exif = image.getexif()
-        for tag in list(exif):
-            is_of_storage = tag < 700 and tag not in DESCRIPTIVE_TAGS
-            if is_of_storage or tag == Tag.InterColorProfile:
-                del exif[tag]
-        # Pillow decodes texts as Latin-1, but would encode them as ASCII.
-        for tag, text in exif.items():
-            if isinstance(text, str):
-                exif[tag] = text.encode('latin-1')
-        return exif.tobytes()
-    except Exception as error:  # any, where a value has another type than its tag should have
-        warnings.warn(f'{file} has an EXIF that is damaged ({error}), and left out', stacklevel=3)
-        return b''
+def _without_the_unseen(image):
+    """An image whose transparent pixels have the mean colour of those within about 20 pixels."""
+    colours, alpha = image[:image.bands - 1], image[image.bands - 1]
+    seen = (alpha > 0) / 255
+    around = (colours * seen).gaussblur(8, min_ampl=0.01) / seen.gaussblur(8, min_ampl=0.01)
+    return (alpha > 0).ifthenelse(colours, around.rint().cast(image.format)).bandjoin(alpha)
 
 
 # --- writing -------------------------------------------------------------------------------------
 
-def check_new(target, force):
-    """Raises FileExistsError if there is a file ``target``, unless ``force`` is true."""
-    if target.exists() and not force:
-        raise FileExistsError(f'{target} exists already: choose another name for the result, '
-                              'or force it to be replaced')
+def check_format(image, file):
+    """Raises ValueError if an image can't be written in the format of ``file``: before the work."""
+    width, height = image.header.width, image.header.height
+    for size in ((width, 1), (1, height)):
+        try:
+            kept = _written_and_read(image, file, *size)
+        except (pyvips.Error, OSError, ValueError) as error:
+            if getattr(error, 'errno', None):  # of the disk, not of the format
+                raise
+            kept = None
+        if kept is None or (kept.width, kept.height) != size:
+            raise ValueError(f"{file.suffix} can't hold {image.source}, {width}x{height} pixels: "
+                             'choose another format, such as .png or .tif')
+    if image.header.hasalpha() and not kept.hasalpha():
+        raise ValueError(f"{file.suffix} can't hold the transparency of {image.source}: "
+                         'choose another format, such as .png or .tif')
 
 
-def check_target(image, target):
-    """Raises ValueError if an `ImageFile` can't be written to ``target``: before the work."""
-    kind = _format_of(target)
-    if kind not in Image.SAVE:
-        raise ValueError(f'{target} must have the suffix of an image format, such as .png or .jpg')
-    if not target.parent.is_dir():
-        raise ValueError(f'there is no folder {target.parent} to write {target.name} into')
+def write_image(image, pixels, file):
+    """Writes ``pixels`` in place of those of an image, and all else of it, into ``file``.
 
-    # Pillow is asked to save one pixel of the same kind.
-    sample = Image.new('L' if len(image.pixels) == 1 else 'RGB', (1, 1))
-    if image.alpha is not None:
-        sample.putalpha(255)
-    try:
-        sample.save(io.BytesIO(), kind, **_save_options(image, kind))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{target} can't hold this image ({error}): "
-                         'choose another format, such as .png') from error
-
-
-def write_image(image, target):
-    """Writes an `ImageFile` in the format that the suffix of ``target`` says: all of it or nothing.
-
-    Lossy formats at a quality of 95. 16 bits where the format has them, which is PNG and TIFF for
-    grey and TIFF for colours (with the texts of the EXIF); elsewhere 8 bits. Raises OSError, of
-    Pillow, for what the format can't hold, such as transparency in JPEG.
+    The suffix says the format. Returns the names of what that can't hold, in a list.
     """
-    target = Path(target)
-    kind = _format_of(target)
+    header = image.header
+    picture = pixels.to_vips()
+    if header.hasalpha():
+        picture = picture.bandjoin(image.pixels.to_vips()[header.bands - 1])
+    picture = metadata.with_header(picture, header)
 
-    # 8 bits where 16 can't be kept, a few rows at a time: as floats, all would take much memory.
-    pixels = image.pixels
-    if pixels.dtype == torch.uint16 and not _keeps_16_bits(image, kind):
-        parts = [du.to_integers(du.to_floats(rows)) for rows in pixels.split(64, 1)]
-        pixels = torch.cat(parts, 1)
-    values = pixels.permute(1, 2, 0).numpy()  # (height, width, 1 or 3)
-
-    # The file is complete before it gets its name.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix='.denoised-') as folder:
-        file = Path(folder) / target.name
-        if pixels.dtype == torch.uint16 and len(pixels) == 3:
-            _write_tiff(file, values, image)
-        else:
-            _write_with_pillow(file, values, image, kind)
-        os.replace(file, target)
+    # As the format has it: 8 bits, rounded, and no grey.
+    kept = _written_and_read(image, file, 1, 1)
+    if kept.format == 'uchar' and picture.format == 'ushort':
+        eight = 'b-w' if picture.bands < 3 else 'srgb'
+        picture = (picture / 257).rint().cast('uchar').copy(interpretation=eight)
+    if picture.bands < 3 <= kept.bands and picture.get_typeof('icc-profile-data'):
+        picture = picture.icc_transform('srgb', embedded=True)
+    written = _save_and_load(image, picture, file)
+    return sorted(metadata.kinds_in(image.source, header) - metadata.kinds_in(file, written))
 
 
-def _format_of(target):
-    """Pillow's name of the format that a file's suffix says, or None."""
-    return Image.registered_extensions().get(target.suffix.lower())
+def _written_and_read(image, file, width, height):
+    """A black image of this size, otherwise like ``image``, as it is once it has been in a file."""
+    like = image.header
+    black = pyvips.Image.black(width, height, bands=like.bands).cast(like.format)
+    return _save_and_load(image, black.copy(interpretation=like.interpretation), file)
 
 
-def _keeps_16_bits(image, kind):
-    """Whether 16 bits of an `ImageFile` can be written in this format."""
-    if image.alpha is not None:
-        return False
-    if kind == 'PNG':
-        return len(image.pixels) == 1
-    return kind == 'TIFF'
-
-
-def _save_options(image, kind):
-    """The options of `PIL.Image.Image.save` for an `ImageFile`."""
-    options = {'exif': image.exif, 'icc_profile': image.icc_profile, 'quality': 95}
-    if kind == 'JPEG':
-        options['subsampling'] = 0
-    return options
-
-
-def _write_with_pillow(file, values, image, kind):
-    if values.shape[2] == 1:
-        values = values.squeeze(2)
-    picture = Image.fromarray(values)
-    if image.alpha is not None:
-        picture.putalpha(image.alpha)
-    picture.save(file, kind, **_save_options(image, kind))
-
-
-def _write_tiff(file, values, image):
-    """Writes colours of 16 bits, of which Pillow would keep 8."""
-    exif = Image.Exif()
-    exif.load(image.exif)
-    tags = []  # each (number, type, count, value, whether on the first page only)
-    for tag, text in exif.items():
-        if isinstance(text, str):
-            tags.append((tag, 's', 0, text.encode('latin-1'), True))
-    if image.icc_profile:
-        profile = image.icc_profile
-        tags.append((int(Tag.InterColorProfile), 'B', len(profile), profile, True))
-    tifffile.imwrite(file, values, photometric='rgb', software=False, metadata=None, extratags=tags)
+def _save_and_load(image, picture, file):
+    formats.save(picture, file)
+    metadata.copy(image.source, image.header, file)
+    return formats.load(file, file.parent)

@@ -7,13 +7,14 @@ The photograph is a part of "coffee" (Rachel Michetti, CC0), which comes with sc
 import argparse
 from pathlib import Path
 
+import pyvips
 import torch
 from skimage import data
 
 import denoising_utils as du
 from programs import run
 from programs.denoise import BLIND
-from programs.image_files import ImageFile, check_new, check_target, write_image
+from programs.formats import new_file, save
 from programs.inference import denoise_image, noise_level
 
 GAP = 8  # white pixels between two panels
@@ -48,17 +49,17 @@ def parse(words=None):
 
 def main(words=None):
     args = parse(words)
-    check_new(args.target, args.force)
 
     # The same noise each time.
     clean = torch.from_numpy(data.coffee()[60:320, 130:470]).permute(2, 0, 1)  # (3, 260, 340)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     noisy = du.to_integers(du.to_floats(clean) + 2 * args.sigma / 255 * noise)
-    check_target(ImageFile(noisy), args.target)
 
-    net, _ = du.load_network(BLIND)
-    denoised = denoise_image(net, noisy)
-    write_image(ImageFile(side_by_side([noisy, denoised, clean])), args.target)
+    with new_file(args.target, args.force) as file:
+        net, _ = du.load_network(BLIND)
+        denoised = denoise_image(net, noisy)
+        panels = side_by_side([noisy, denoised, clean]).permute(1, 2, 0)  # (height, width, 3)
+        save(pyvips.Image.new_from_array(panels.numpy()), file)
     print(f'{args.target}: {psnr(noisy, clean):.2f} dB before, '
           f'{psnr(denoised, clean):.2f} dB after; estimated noise level '
           f'{noise_level(noisy):.1f} before, {noise_level(denoised):.1f} after')

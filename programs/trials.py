@@ -16,7 +16,7 @@ SCORED = {'network': 'network', 'what was changed': 'change', 'seed': 'seed',
 TRAINED = {'network': 'network', 'what was changed': 'change', 'seed': 'seed',
            'minutes': 'minutes', 'machine': 'machine', 'date': 'date'}
 SECTIONS = {'short': SCORED, 'start': SCORED, 'long': SCORED, 'half width': SCORED,
-            'committed': TRAINED, 'blind': TRAINED}
+            'committed': TRAINED, 'blind': TRAINED, 'photo': SCORED | TRAINED}
 
 
 def trial_tables():

@@ -1,0 +1,130 @@
+"""What describes the photograph in an image file, by Exiv2: EXIF, IPTC, XMP and a comment."""
+import contextlib
+
+import exiv2
+
+exiv2.LogMsg.setLevel(exiv2.LogMsg.Level.mute)  # what is wrong in a file is no news to its owner
+
+# Among the tags of a TIFF, those that say how the pixels are stored, which will not be true of
+# another file, and copies of what is written elsewhere in the file.
+SECTIONS_OF_STORAGE = {'ImageStructure', 'RecordingOffset', 'ImageCharacteristics', 'DngTags'}
+COPIES = {'XMLPacket', 'ImageResources', 'IPTCNAA', 'InterColorProfile', 'SubIFDs'}
+DESCRIPTIVE = {'XResolution', 'YResolution', 'ResolutionUnit', 'DocumentName', 'PageName',
+               'WhitePoint', 'PrimaryChromaticities'}
+
+FIELDS_OF_STORAGE = {'bits-per-sample', 'palette', 'orientation', 'n-pages', 'vips-loader'}
+
+SENSOR_VALUES = {'32803', '34892'}  # photometric interpretations: a colour filter, linear raw
+
+
+def read(file):
+    """An `exiv2.Image` with what it finds in a file, or None if it doesn't know the format."""
+    try:
+        image = exiv2.ImageFactory.open(str(file))
+        image.readMetadata()
+    except exiv2.Exiv2Error:
+        return None
+    return image
+
+
+def is_raw(file):
+    """Whether a file is of the values of a camera's sensor, such as DNG, whatever its name says."""
+    image = read(file)
+    if image is None:
+        return False
+    exif = image.exifData()
+    models = {datum.toString() for datum in exif if datum.tagName() == 'PhotometricInterpretation'}
+    return 'Exif.Image.DNGVersion' in exif or bool(models & SENSOR_VALUES)
+
+
+def _is_of_storage(datum):
+    """Whether an `exiv2.Exifdatum` is about the file that it stands in, not the photograph."""
+    if datum.groupName().startswith('SubImage'):
+        return True
+    if datum.groupName() != 'Image' or datum.tagName() in DESCRIPTIVE:
+        return False
+    section = exiv2.ExifTags.sectionName(exiv2.ExifKey(datum.key()))
+    return section in SECTIONS_OF_STORAGE or datum.tagName() in COPIES
+
+
+def _descriptive(exif):
+    """The EXIF of a photograph that stands upright, and without a small picture of how it was."""
+    kept = exiv2.ExifData()
+    for datum in exif:
+        if not _is_of_storage(datum):
+            kept.add(datum)
+    exiv2.ExifThumb(kept).erase()
+    return kept
+
+
+def copy(source, header, target):
+    """Writes what is in the file ``source`` into ``target``, as far as the format can hold it.
+
+    Corrects what it says of the size in pixels, and adds the resolution where the EXIF doesn't
+    have it: not every format has another place for it. Both are those of the libvips ``header``.
+    """
+    width, height = header.width, header.height
+    exif, xmp, iptc, comment = exiv2.ExifData(), exiv2.XmpData(), exiv2.IptcData(), ''
+    old = read(source)
+    if old is not None:
+        exif = _descriptive(old.exifData())
+        xmp, iptc, comment = old.xmpData(), old.iptcData(), old.comment()
+    true_now = {'Exif.Photo.PixelXDimension': width, 'Exif.Photo.PixelYDimension': height,
+                'Xmp.exif.PixelXDimension': width, 'Xmp.exif.PixelYDimension': height,
+                'Xmp.tiff.ImageWidth': width, 'Xmp.tiff.ImageLength': height,
+                'Xmp.tiff.Orientation': 1}
+    for key, value in true_now.items():
+        data = exif if key.startswith('Exif') else xmp
+        if key in data:
+            data[key] = value
+    if _has_resolution(header) and 'Exif.Image.XResolution' not in exif:
+        inch = f'{round(25.4 * header.xres)}/1', f'{round(25.4 * header.yres)}/1'
+        exif['Exif.Image.XResolution'], exif['Exif.Image.YResolution'] = inch
+        exif['Exif.Image.ResolutionUnit'] = 2
+
+    new = read(target)
+    if new is None:
+        return
+    kinds = {'ExifData': exif, 'IptcData': iptc, 'XmpData': xmp, 'Comment': comment}
+    for kind, data in kinds.items():
+        with contextlib.suppress(exiv2.Exiv2Error):  # the format doesn't have this kind
+            getattr(new, f'set{kind}')(data)
+    with contextlib.suppress(exiv2.Exiv2Error):  # it can't be written, or has no room for so much
+        new.writeMetadata()
+
+
+def with_header(picture, header):
+    """An image of libvips with the resolution, the colour profile and the texts of another one."""
+    picture = picture.copy(interpretation=header.interpretation, xres=header.xres, yres=header.yres)
+    for name in header.get_fields():
+        if picture.get_typeof(name) == 0 and name not in FIELDS_OF_STORAGE:
+            picture.set_type(header.get_typeof(name), name, header.get(name))
+    return picture
+
+
+def _has_resolution(header):
+    """Whether the resolution is known: if not, libvips says 1 or 72/25.4 pixels a millimetre."""
+    return header.xres != 1 and abs(25.4 * header.xres - 72) > 0.1
+
+
+def kinds_in(file, header):
+    """The names of all that there is in a file beside grey or colours of 8 bits."""
+    fields = set(header.get_fields())
+    texts = {name for name in fields if '-comment-' in name}
+    texts -= {name for name in texts if 'Raw profile' in name or name.endswith('-Description')}
+    there = {
+        'texts': bool(texts),
+        'colour profile': 'icc-profile-data' in fields,
+        'resolution': _has_resolution(header),
+        '16 bits': 'bits-per-sample' in fields and header.get('bits-per-sample') == 16,
+        'more than 256 colours': 'palette' not in fields,
+    }
+    image = read(file)
+    if image is not None:
+        exif = image.exifData()
+        there['resolution'] |= 'Exif.Image.XResolution' in exif
+        there |= {'EXIF': 'exif-data' in fields or not _descriptive(exif).empty(),
+                  'IPTC': not image.iptcData().empty(),
+                  'XMP': not image.xmpData().empty(),
+                  'comment': bool(image.comment())}
+    return {kind for kind in there if there[kind]}
