@@ -1,5 +1,5 @@
 """The program that denoises photographs: its network, options, names, messages and memory."""
-import io
+import errno
 import os
 import platform
 import subprocess
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import denoising_utils as du
-from programs import denoise, picture
+from programs import denoise, formats, picture
 from programs.denoise import denoise_file
 from programs.inference import denoise_image, for_level, half_precision, noise_level
 
@@ -68,14 +68,16 @@ def test_strength_blends(net):
     assert torch.equal(denoise_image(net, image, strength=0), image)
     quarter = denoise_image(net, image, strength=0.25)
     torch.testing.assert_close(quarter, 0.75 * image + 0.25 * full)
+    twice = denoise_image(net, image, strength=2)
+    torch.testing.assert_close(twice, image + 2 * (full - image))
 
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 7), (3, 2)])
 def test_images_of_a_few_pixels(tmp_path, size):
     Image.new('RGB', size, (10, 200, 30)).save(tmp_path / 'in.png')
     net = du.DUDnCNN(6, C=2, zero_last=True)
-    levels = denoise_file(net, tmp_path / 'in.png', tmp_path / 'out.png')
-    assert levels == pytest.approx((0, 0), abs=1e-6)
+    report = denoise_file(net, tmp_path / 'in.png', tmp_path / 'out.png')
+    assert (report.before, report.after) == pytest.approx((0, 0), abs=1e-6)
     with Image.open(tmp_path / 'out.png') as result:
         assert result.size == size
         assert result.getpixel((0, 0)) == (10, 200, 30)
@@ -126,19 +128,16 @@ def test_nothing_is_overwritten_unless_forced(identity, source):
         denoise_file(identity, source, source, force=True)
 
 
-@pytest.mark.parametrize('error', [OSError('No space left on device'), KeyboardInterrupt()])
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space'), KeyboardInterrupt()])
 def test_a_failed_write_leaves_what_was_there(identity, source, monkeypatch, error):
     target = source.with_name('out.png')
     target.write_text('precious')
-    save = Image.Image.save
 
-    def fail(image, file, *args, **options):
-        save(image, file, *args, **options)
-        if not isinstance(file, io.BytesIO):
-            Path(file).write_bytes(Path(file).read_bytes()[:50])
-            raise error
+    def fail(image, file):
+        file.write_bytes(b'torn')
+        raise error
 
-    monkeypatch.setattr(Image.Image, 'save', fail)
+    monkeypatch.setattr(formats, 'save', fail)
     with pytest.raises(type(error)):
         denoise_file(identity, source, target, force=True)
     assert target.read_text() == 'precious'
@@ -149,7 +148,7 @@ def test_a_failed_write_leaves_what_was_there(identity, source, monkeypatch, err
     ('out', 'must have the suffix'),
     ('out.mp4', 'must have the suffix'),
     ('nowhere/out.png', 'there is no folder'),
-    ('out.jpg', "out.jpg can't hold this image"),
+    ('out.jpg', ".jpg can't hold the transparency of"),
 ])
 def test_a_bad_target_is_found_before_the_work(tmp_path, target, words):
     Image.fromarray(COLOURS).convert('RGBA').save(tmp_path / 'in.png')
@@ -182,12 +181,27 @@ def test_one_file_and_many(command, capsys):
     assert 'torn.png is not a readable image' in capsys.readouterr().err
 
 
+def test_hardly_any_noise_is_said_and_left(command, capsys):
+    """The network here finds none."""
+    command('in.png out.png')
+    assert 'out.png: hardly any noise was found, so nothing was changed' in capsys.readouterr().out
+    command('in.png again.png --strength 1')
+    assert 'hardly' not in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_said(command, capsys):
+    Image.fromarray(COLOURS).save('in.tif', dpi=(300, 300))
+    command('in.tif out.ppm')
+    said = capsys.readouterr().out
+    assert "out.ppm: .ppm can't hold all of in.tif, left out: " in said and 'resolution' in said
+
+
 @pytest.mark.parametrize('words, message', [
     ('in.png', 'name two files'),
     ('in.png b.png c.png', 'name two files'),
     ('in.png folder/in.png --to r', 'same name'),
-    ('in.png out.png --strength 2', '--strength must be from 0 to 1, got 2'),
-    ('in.png out.png --sigma 30', 'dudncnn_blind finds the level itself'),
+    ('in.png out.png --strength 2.5', '--strength must be from 0 to 2, got 2.5'),
+    ('in.png out.png --sigma 30', 'dudncnn_blind and dudncnn_photo find the level themselves'),
     ('in.png out.png --net dncnn --sigma 0', 'above 0'),
     ('in.png out.png --net dncnn --sigma 10',
      'must be 30, on which these networks were trained, or more, got 10'),
