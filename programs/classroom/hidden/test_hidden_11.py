@@ -72,7 +72,7 @@ def test_rate(du, folder):
 def test_again(du, folder):
     """Drawn again, the axes have no more on them than before; titles tell the PSNR if asked."""
     clean = noise(4, 3, 8, 9)[0, ..., :8]
-    _, axes, noisy, clean, _ = training(du, folder, 1, visu_rate=1, clean=clean)
+    _, axes, noisy, clean, _ = training(du, folder, 2, visu_rate=1, clean=clean)
     assert [len(ax.images) for ax in axes[0]] == [1, 1]
     assert [len(ax.lines) for ax in axes[1]] == [2, 2]
     value = du.psnr(noisy[None], clean[None]).item()
