@@ -14,7 +14,10 @@ def run(main):
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before the start
         stream.reconfigure(errors='replace')  # σ, or a file's name, where the encoding lacks it
     # With an exception, which `with` and `finally` see, so that nothing is left behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for name in ('SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP, and nohup ignores it
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     du.keep_freed_memory()
     try:
         main()

@@ -88,6 +88,8 @@ def _to_grey_or_rgb(image):
         return image.icc_transform('srgb', input_profile='cmyk', embedded=True, depth=depth)
     if image.interpretation == 'labs':
         return image.colourspace('rgb16')
+    if image.coding == 'labq':  # 8 bits, of libvips 8.17; later ones leave it to Pillow
+        return image.colourspace('srgb')
     return image
 
 

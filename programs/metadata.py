@@ -1,7 +1,9 @@
 """What describes the photograph in an image file, by Exiv2: EXIF, IPTC, XMP and a comment."""
 import contextlib
+import os
 
 import exiv2
+import pyvips
 
 exiv2.LogMsg.setLevel(exiv2.LogMsg.Level.mute)  # what is wrong in a file is no news to its owner
 
@@ -82,15 +84,19 @@ def copy(source, header, target):
         exif['Exif.Image.XResolution'], exif['Exif.Image.YResolution'] = inch
         exif['Exif.Image.ResolutionUnit'] = 2
 
-    new = read(target)
-    if new is None:
-        return
     kinds = {'ExifData': exif, 'IptcData': iptc, 'XmpData': xmp, 'Comment': comment}
-    for kind, data in kinds.items():
-        with contextlib.suppress(exiv2.Exiv2Error):  # the format doesn't have this kind
-            getattr(new, f'set{kind}')(data)
-    with contextlib.suppress(exiv2.Exiv2Error):  # it can't be written, or has no room for so much
+    described = target.with_stem('described')
+    with contextlib.suppress(exiv2.Exiv2Error):  # it doesn't know the format, or has no room
+        new = exiv2.ImageFactory.open(target.read_bytes())
+        new.readMetadata()
+        for kind, data in kinds.items():
+            with contextlib.suppress(exiv2.Exiv2Error):  # the format doesn't have this kind
+                getattr(new, f'set{kind}')(data)
         new.writeMetadata()
+
+        # Not by Exiv2, which says nothing where the end of a file can't be written.
+        described.write_bytes(new.data())
+        os.replace(described, target)
 
 
 def with_header(picture, header):
@@ -99,6 +105,7 @@ def with_header(picture, header):
     for name in header.get_fields():
         if picture.get_typeof(name) == 0 and name not in FIELDS_OF_STORAGE:
             picture.set_type(header.get_typeof(name), name, header.get(name))
+    picture.set_type(pyvips.GValue.gint_type, 'orientation', 1)  # upright, also in the EXIF
     return picture
 
 

@@ -1,0 +1,80 @@
+"""A disk that is full, or a target that appears meanwhile: what was there stays, and it is said."""
+import os
+import sys
+
+import exiv2
+import pytest
+from PIL import ExifTags, Image
+
+import denoising_utils as du
+from programs.denoise import denoise_file
+
+XMP = (b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+       b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+       b'xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmp:Label="' + b'z' * 3000 + b'"/>'
+       b'</rdf:RDF></x:xmpmeta>')
+
+
+@pytest.fixture
+def identity():
+    return du.DnCNN(0, C=2, zero_last=True)
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no limit on the size of files')
+@pytest.mark.parametrize('suffix', ['jpg', 'tif', 'png', 'webp', 'avif'])
+def test_a_file_that_is_too_short_never_replaces_a_good_one(identity, tmp_path, suffix):
+    """Exiv2 says nothing of the last bytes that it can't write, as Pillow didn't."""
+    import resource
+    source, target = tmp_path / 'in.jpg', tmp_path / f'out.{suffix}'
+    Image.new('RGB', (8, 8), (9, 99, 9)).save(source, xmp=XMP)
+    denoise_file(identity, source, target)
+    size = target.stat().st_size
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (300, size // 2, size - 100, size - 1):
+        target.write_bytes(b'precious')
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            with pytest.raises(OSError, match='File too large'):
+                denoise_file(identity, source, target, force=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert target.read_bytes() == b'precious'
+        assert sorted(os.listdir(tmp_path)) == ['in.jpg', f'out.{suffix}']
+
+
+def test_a_target_that_appears_during_the_work_stays(tmp_path):
+    source, target = tmp_path / 'in.png', tmp_path / 'out.png'
+    Image.new('RGB', (8, 8)).save(source)
+
+    class Slow(du.DnCNN):
+        def forward(self, x):
+            target.write_text('precious')
+            return super().forward(x)
+
+    with pytest.raises(FileExistsError, match='out.png exists already'):
+        denoise_file(Slow(0, C=2, zero_last=True), source, target)
+    assert target.read_text() == 'precious'
+    assert sorted(os.listdir(tmp_path)) == ['in.png', 'out.png']
+
+
+@pytest.mark.parametrize('size, suffix', [((16384, 1), 'webp'), ((1, 16384), 'webp'),
+                                          ((65501, 1), 'jpg'), ((257, 1), 'ico')])
+def test_sizes_that_a_format_lacks_are_said_before_the_work(tmp_path, size, suffix):
+    Image.new('RGB', size).save(tmp_path / 'in.png')
+    with pytest.raises(ValueError, match=f"can't hold .*in.png, {size[0]}x{size[1]} pixels"):
+        denoise_file(None, tmp_path / 'in.png', tmp_path / f'out.{suffix}')  # no network
+    assert os.listdir(tmp_path) == ['in.png']
+
+
+def test_a_turned_photograph_is_upright_in_avif_too(identity, tmp_path):
+    """Exiv2 doesn't write AVIF, libvips does."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new('RGB', (30, 20)).save(tmp_path / 'in.jpg', exif=exif)
+    denoise_file(identity, tmp_path / 'in.jpg', tmp_path / 'out.avif')
+    file = exiv2.ImageFactory.open(str(tmp_path / 'out.avif'))
+    file.readMetadata()
+    assert (file.pixelWidth(), file.pixelHeight()) == (20, 30)
+    if 'Exif.Image.Orientation' in file.exifData():
+        assert file.exifData()['Exif.Image.Orientation'].toString() == '1'
