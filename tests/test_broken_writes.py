@@ -31,7 +31,7 @@ def test_a_file_that_is_too_short_never_replaces_a_good_one(identity, tmp_path, 
     size = target.stat().st_size
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (300, size // 2, size - 100, size - 1):
+    for limit in (size // 4, size // 2, size - 100, size - 1):
         target.write_bytes(b'precious')
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
