@@ -25,7 +25,7 @@ side_by_side = OMP_NUM_THREADS=1 TQDM_DISABLE=1
 tests = -m pytest -n logical --maxprocesses 4 --dist loadgroup tests
 
 .PHONY: help setup notebook refresh lab test test-lowest lint nbval train results ablation trials \
-        benchmark release sheet soak clean
+        benchmark release grade sheet soak clean
 
 help:  ## prints this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -118,6 +118,11 @@ release: $(READY)  ## writes the folder of students: STAGE=1, 2 or 3, OUT=FOLDER
 sheet: $(READY)  ## writes what is graded by hand: OUT=FILE
 	@[ -n '$(OUT)' ] || { echo 'make sheet OUT=FILE'; exit 1; }
 	$(PY) -m programs.release sheet '$(OUT)'
+
+grade: $(READY)  ## marks what students wrote: SUBMISSIONS=FOLDER, OUT=FOLDER, perhaps STAGE=1, 2 or 3
+	@[ -n '$(SUBMISSIONS)' ] && [ -n '$(OUT)' ] || { \
+	  echo 'make grade SUBMISSIONS=FOLDER OUT=FOLDER'; exit 1; }
+	$(PY) -m programs.grade '$(SUBMISSIONS)' '$(OUT)' $(if $(STAGE),--stage '$(STAGE)')
 
 # None of them may end otherwise than one that was left alone.
 soak: $(READY)  ## kills 100 trainings, and interrupts 100 twice (minutes)

@@ -9,9 +9,13 @@ Gradescope's results.json. How it is safe, and how far: docs/classroom.md.
 """
 import argparse
 import ast
+import contextlib
 import csv
 import dataclasses
+import functools
+import gc
 import importlib
+import io
 import json
 import os
 import shutil
@@ -22,7 +26,7 @@ from pathlib import Path
 
 from programs import run
 from programs.release import HERE, UTILITIES, find_definitions, read_plan
-from programs.sandbox import run_checks
+from programs.sandbox import outcome, run_checks
 from programs.suspicion import suspicious
 
 HIDDEN = HERE / 'programs' / 'classroom' / 'hidden'
@@ -108,6 +112,16 @@ def lines_of(source, node):
     return [line[indent:] if not line[:indent].strip() else line for line in lines]
 
 
+@functools.cache
+def _known(reference):
+    """Of the reference: its definitions, statements, and the names of what is in no class."""
+    definitions, body = find_definitions(reference), ast.parse(reference).body
+    names = {name for name in definitions if '.' not in name}
+    names |= {target.id for node in body if isinstance(node, ast.Assign)
+              for target in node.targets if isinstance(target, ast.Name)}
+    return definitions, {ast.dump(node) for node in body}, names
+
+
 def own_text(source, definitions, reference):
     """What of a student's file is graded: a dict of qualified name to lines.
 
@@ -116,17 +130,13 @@ def own_text(source, definitions, reference):
     """
     tree, mine = ast.parse(source), find_definitions(source)
     own = {name: lines_of(source, mine[name]) for name in definitions if name in mine}
-    known = find_definitions(reference)
+    known, given, names = _known(reference)
     classes = {name.rpartition('.')[0] for name in definitions}
     for name, node in mine.items():
         holder = name.rpartition('.')[0]
         if name not in known and holder in classes and holder:
             own[name] = lines_of(source, node)
 
-    given = {ast.dump(node) for node in ast.parse(reference).body}
-    names = {name for name in known if '.' not in name}
-    names |= {target.id for node in ast.parse(reference).body if isinstance(node, ast.Assign)
-              for target in node.targets if isinstance(target, ast.Name)}
     rest = []
     for node in tree.body:
         if ast.dump(node) in given or getattr(node, 'name', None) in names:
@@ -253,6 +263,16 @@ def grade_all(submissions, folder, checks, definitions):
     return rows
 
 
+def warm_up(checks):
+    """Runs the checks on the solution: what they import and cache, the forks then have."""
+    import denoising_utils
+
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        for number, check in enumerate(checks):
+            outcome(check.function, denoising_utils, folder, number)
+    gc.freeze()  # the forks needn't go through all that is there by now
+
+
 def side_by_side(submissions, folder, checks, definitions, workers):
     """`grade_all`, of shares in processes of their own."""
     files = []
@@ -306,6 +326,7 @@ def main(words=None):
     folder = Path(tempfile.mkdtemp(dir=args.out.parent, prefix='.grading-'))
     try:
         checks = read_checks(parts)
+        warm_up(checks)
         rows = side_by_side(submissions, folder, checks, plan.definitions, args.workers)
         with open(folder / 'grades.csv', 'w', newline='', encoding='utf-8') as stream:
             csv.writer(stream).writerows([['student', 'part', 'points', 'of', 'note'], *rows])

@@ -20,6 +20,9 @@ from pathlib import Path
 import matplotlib
 import torch
 
+matplotlib.use('Agg')
+torch.set_num_threads(1)  # a fork has no other threads
+
 SECONDS = 20  # for a check
 MEMORY = 4 * 2 ** 30  # bytes beside what the parent has
 FILE = 2 ** 24  # bytes of a file that is written
@@ -35,8 +38,6 @@ def run_checks(source, functions):
 
     Returns for each None if it holds, or what went wrong in a few words: '' if it just doesn't.
     """
-    matplotlib.use('Agg')
-    torch.set_num_threads(1)  # a fork has no other threads
     said = []
     while len(said) < len(functions):
         new, ended = _in_a_process(source, functions[len(said):])
@@ -107,7 +108,8 @@ def _be_the_child(source, functions, folder, writer, secret):
         sys.addaudithook(_guard(Path(folder).resolve()))
         module, wrong = _load(source)
         for number, function in enumerate(functions):
-            text = json.dumps(wrong if wrong else _say(function, module, folder, number)).encode()
+            said = wrong or outcome(function, module, folder, number)
+            text = json.dumps(said).encode()
             signature = _signed(secret, str(number).encode() + text)
             os.write(writer, signature + b' ' + text + b'\n')
     finally:
@@ -165,7 +167,7 @@ def _load(source):
     return module, None
 
 
-def _say(function, module, folder, number):
+def outcome(function, module, folder, number):
     """None if the check holds, or in a few words what was raised."""
     arguments = {'du': module}
     if 'folder' in function.__code__.co_varnames[:function.__code__.co_argcount]:

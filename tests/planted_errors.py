@@ -42,7 +42,7 @@ PLANTED = [
     (9, 'DenoisingStatsManager.accumulate', 'batches count the same, whatever their size',
      '.sum().item()', '.mean().item() * 2'),
     (9, 'DenoisingStatsManager.init', 'a second pass goes on from the first',
-     'self.running_psnr = 0.0', "self.running_psnr = vars(self).get('running_psnr', 0.0)"),
+     'self.running_psnr = 0.0', "self.running_psnr = getattr(self, 'running_psnr', 0.0)"),
     (11, 'plot', 'axes that are not cleared',
      '        ax.clear()\n        ax.set(', '        ax.set('),
     (11, 'plot', 'drawn at each epoch', 'exp.epoch % visu_rate', 'False'),

@@ -17,7 +17,7 @@ def training(du, folder, epochs, **options):
     exp = nt.Experiment(net, pairs, pairs, torch.optim.Adam(net.parameters()),
                         du.DenoisingStatsManager(), folder / 'exp', batch_size=2,
                         perform_validation_during_training=True)
-    fig, axes = plt.subplots(2, 2)
+    fig, axes = plt.subplots(2, 2, dpi=10)  # quick to draw
     noisy, clean = pairs[0]
     drawn = []
 
