@@ -17,7 +17,7 @@ from PIL import Image
 
 import denoising_utils as du
 from programs import run
-from programs.inference import denoise_image, fold_batch_norm, half_precision
+from programs.inference import denoise_image, fold, fold_batch_norm, half_precision
 from programs.timing import GIVEN_BACK, child, measure, ms, row, seconds, threads
 
 LAST = torch.channels_last
@@ -248,7 +248,7 @@ def speed_of_photographs(precisions, args):
     shape = (3, 400, 500) if args.quick else (3, 1000, 1500)
     image = torch.randint(256, shape, dtype=torch.uint8)
     megapixels = image[0].numel() / 1e6
-    blind, _ = du.load_network('dudncnn_blind')
+    ours = fold(du.load_network('dudncnn_photo')[0])
     ffdnet = FFDNet().eval()
     repeats = min(args.repeats, 3)
 
@@ -257,7 +257,7 @@ def speed_of_photographs(precisions, args):
         for precision in precisions:
             for tile, label in ((192, 'in tiles of 192x192'), (10 ** 6, 'whole')):
                 ways = [functools.partial(denoise_image, net, image, tile, precision=precision)
-                        for net in (ffdnet, blind)]
+                        for net in (ffdnet, ours)]
                 with threads(n):
                     a, b = seconds(*ways, repeats=repeats)
                 row(f'  {label}, {n} threads, {str(precision)[6:]}', f'{a / megapixels:.2f}',
@@ -268,13 +268,14 @@ PEAK = """
 import resource, sys, torch
 import denoising_utils as du
 from programs.denoise import denoise_file
+from programs.inference import fold
 du.keep_freed_memory()
 def peak():
     unit = 2 ** 20 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 small, large, result = sys.argv[1:4]
 precision = getattr(torch, sys.argv[4])
-net, _ = du.load_network('dudncnn_blind')
+net = fold(du.load_network('dudncnn_photo')[0])
 denoise_file(net, small, result, precision=precision, force=True)
 before = peak()
 denoise_file(net, large, result, precision=precision, force=True)
