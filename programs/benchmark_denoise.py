@@ -284,7 +284,7 @@ print(peak() - before)
 
 
 def memory_of_photographs(precisions, args):
-    row('Memory beside the result', 'megapixels', 'MB')
+    row('Peak memory beyond that of a small file', 'megapixels', 'MB')
     size = (600, 400) if args.quick else (6000, 4000)
     pixels = size[0] * size[1]
     with tempfile.TemporaryDirectory() as folder:
@@ -293,8 +293,8 @@ def memory_of_photographs(precisions, args):
             Image.effect_noise(of_this, 50).convert('RGB').save(name)
         for precision in precisions:
             said = child(['-c', PEAK, *names, str(precision)[6:]])
-            used = float(said) - 3 * pixels / 2 ** 20
-            row(f'  denoise_file, {str(precision)[6:]}', f'{pixels / 1e6:.0f}', f'{used:.0f}')
+            row(f'  denoise_file, {str(precision)[6:]}', f'{pixels / 1e6:.0f}',
+                f'{float(said):.0f}')
 
 
 PARTS = {'data': data, 'arithmetic': arithmetic, 'memory': memory, 'photograph': photograph}

@@ -8,7 +8,6 @@ import hashlib
 import hmac
 import json
 import os
-import resource
 import select
 import signal
 import sys
@@ -117,6 +116,8 @@ def _be_the_child(source, functions, folder, writer, secret):
 
 
 def _limit():
+    import resource  # Windows has none, and no fork either
+
     sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, FILE))

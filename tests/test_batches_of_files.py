@@ -45,7 +45,7 @@ def test_a_reader_that_goes_is_no_failure(files):
 
 @needs_shell
 @needs_full
-def test_a_full_disk_for_what_is_said_is_no_failure_of_photographs(files):
+def test_what_can_not_be_said_is_done_all_the_same(files):
     done = shell('$DENOISE a.png b.png --to o > /dev/full', files)
     assert done.returncode == 0 and 'but it is done' in done.stderr
     assert sorted(os.listdir(files / 'o')) == ['a.png', 'b.png']

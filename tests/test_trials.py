@@ -26,7 +26,7 @@ def test_the_page_has_what_the_command_prints(capsys):
     printed = capsys.readouterr().out.strip().split('\n\n<!-- trials')
     parts = [printed[0], *(f'<!-- trials{part}' for part in printed[1:])]
     text = PAGE.read_text(encoding='utf-8')
-    assert len(parts) == text.count('<!-- trials: ') == text.count('<!-- end -->') == 9
+    assert len(parts) == text.count('<!-- trials: ') == text.count('<!-- end -->') == 10
     assert [part for part in parts if part not in text] == []
 
 
@@ -84,7 +84,7 @@ def test_a_row_and_its_command(row, monkeypatch):
 def test_the_committed_networks_are_all_there():
     """With the seed and the time that are stored beside the weights."""
     folders = {}
-    for row in in_section('committed') + in_section('blind')[-1:]:
+    for row in in_section('committed') + in_section('blind')[-1:] + in_section('photo')[-1:]:
         folders[row['command'].rpartition('/')[2]] = row
     there = {path.name for path in CHECKPOINTS.iterdir() if path.is_dir()}
     assert folders.keys() == {name for name in there if not name.endswith('_narrow')}
