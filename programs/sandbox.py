@@ -27,8 +27,8 @@ MEMORY = 4 * 2 ** 30  # bytes beside what the parent has
 FILE = 2 ** 24  # bytes of a file that is written
 HERE = Path(__file__).resolve().parents[1]
 REFUSED = ('socket.', 'subprocess.', 'ctypes.', 'os.system', 'os.exec', 'os.fork', 'os.posix_spawn',
-           'os.kill', 'os.chmod', 'os.chown', 'os.link', 'os.symlink', 'os.truncate',
-           'gc.get_', 'shutil.', 'signal.', 'syslog.', 'sys.addaudithook', 'os.chdir')
+           'os.kill', 'os.chmod', 'os.chown', 'os.link', 'os.symlink', 'os.truncate', 'os.chdir',
+           'gc.get_', 'shutil.', 'signal.', 'syslog.', 'sys.addaudithook')
 CHANGES = ('os.remove', 'os.rename', 'os.rmdir', 'os.mkdir')
 
 
@@ -102,6 +102,10 @@ def _be_the_child(source, functions, folder, writer, secret):
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(nothing, stream)
+        os.dup2(writer, 3)
+        os.closerange(4, 4096)  # what the parent has open
+        writer = 3
+        sys.stdout = sys.stderr = open(1, 'w', closefd=False)  # pytest's was among them
         os.chdir(folder)
         _limit()
         sys.addaudithook(_guard(Path(folder).resolve()))
@@ -139,7 +143,8 @@ def _guard(folder):
     def guard(event, args):
         if event.startswith(REFUSED):
             raise PermissionError(f'{event} is not allowed here')
-        if event.startswith(CHANGES) and not is_inside(args[0]):
+        paths = [one for one in args if isinstance(one, (str, bytes, os.PathLike))]
+        if event.startswith(CHANGES) and not all(map(is_inside, paths)):
             raise PermissionError(f'{event} is not allowed outside of the folder')
         if event == 'open':
             path, _, flags = args

@@ -121,6 +121,7 @@ def holds(du):
 
 ESCAPES = {
     'writes outside': f'open({str(Path.home() / "points")!r}, "w")',
+    'moves a file outside': f'import os; open("a", "w"); os.rename("a", {str(Path.home())!r})',
     'reads the checks': f'open({__file__!r}).read()',
     'kills its parent': 'import os; os.kill(os.getppid(), 9)',
     'starts a process': 'import subprocess; subprocess.run(["true"])',
