@@ -12,14 +12,25 @@ from programs import run
 
 
 def main(words=None):
-    recipe, args = parse(words, du.Recipe, 'train', __doc__)
+    train(words, du.Recipe, 'train', __doc__, print_score)
+
+
+def train(words, kind, program, description, report):
+    """Trains by a recipe of this kind. With ``hold_out``, ``report(recipe, net, photographs)`` says
+    how well it does on what was held out."""
+    recipe, args = parse(words, kind, program, description)
     photographs = du.find_photographs(args.data)
     exp = recipe.experiment(photographs, args.out, args.allow)
     exp.run(recipe.epochs)
     if recipe.hold_out:
-        pairs = du.benchmark_pairs(photographs, recipe.sigma, mode='train', subset=du.HELD_OUT)
-        print(f'held out: {du.benchmark(exp.net, pairs)["psnr"].mean():.3f} dB')
+        report(recipe, exp.net, photographs)
         print(f'training took {sum(exp.seconds) / 60:.1f} minutes')
+
+
+def print_score(recipe, net, photographs):
+    """Prints the PSNR on the held-out photographs."""
+    pairs = du.benchmark_pairs(photographs, recipe.sigma, mode='train', subset=du.HELD_OUT)
+    print(f'held out: {du.benchmark(net, pairs)["psnr"].mean():.3f} dB')
 
 
 def parse(words, kind, program, description):

@@ -16,7 +16,7 @@ import denoising_utils as du
 from programs import run
 from programs.camera import draw_between
 from programs.inference import fold_batch_norm
-from programs.train import number, parse
+from programs.train import number, train
 
 
 class BlindBSDSDataset(du.NoisyBSDSDataset):
@@ -113,16 +113,10 @@ class BlindRecipe(du.Recipe):
 
 
 def main(words=None):
-    recipe, args = parse(words, BlindRecipe, 'train_blind', __doc__)
-    photographs = du.find_photographs(args.data)
-    exp = recipe.experiment(photographs, args.out, args.allow)
-    exp.run(recipe.epochs)
-    if recipe.hold_out:
-        print_levels(exp.net, photographs)
-        print(f'training took {sum(exp.seconds) / 60:.1f} minutes')
+    train(words, BlindRecipe, 'train_blind', __doc__, print_levels)
 
 
-def print_levels(net, photographs):
+def print_levels(recipe, net, photographs):
     """Prints the PSNR on the held-out photographs by level of noise, as Markdown."""
     print('| sigma | noisy | held out (dB) | in 8 bits | changed by jitter |')
     print('|---|---|---|---|---|')

@@ -10,7 +10,7 @@ import denoising_utils as du
 from programs import run
 from programs.camera import draw_between, photographed
 from programs.kinds import print_kinds
-from programs.train import parse
+from programs.train import train
 from programs.train_blind import BlindBSDSDataset, BlindRecipe
 
 
@@ -54,14 +54,13 @@ class PhotoRecipe(BlindRecipe):
 
 
 def main(words=None):
-    recipe, args = parse(words, PhotoRecipe, 'train_photo', __doc__)
-    photographs = du.find_photographs(args.data)
-    exp = recipe.experiment(photographs, args.out, args.allow)
-    exp.run(recipe.epochs)
-    if recipe.hold_out:
-        start, _ = du.load_network('dudncnn_blind')
-        print_kinds({'dudncnn_blind': start, 'trained': exp.net}, photographs, hold_out=True)
-        print(f'training took {sum(exp.seconds) / 60:.1f} minutes')
+    train(words, PhotoRecipe, 'train_photo', __doc__, print_beside_blind)
+
+
+def print_beside_blind(recipe, net, photographs):
+    """Prints the PSNR on the held-out photographs by kind of noise, and that of dudncnn_blind."""
+    blind, _ = du.load_network('dudncnn_blind')
+    print_kinds({'dudncnn_blind': blind, 'trained': net}, photographs, hold_out=True)
 
 
 if __name__ == '__main__':
