@@ -58,6 +58,10 @@ class Result:
 
 # --- what was handed in --------------------------------------------------------------------------
 
+def student_of(path):
+    return path.name if path.is_dir() else path.stem
+
+
 def read_submission(path):
     """The text of a student's denoising_utils.py, in a folder or ZIP file, however deep in it.
 
@@ -247,11 +251,10 @@ def grade_all(submissions, folder, checks, definitions):
     reference = (HERE / UTILITIES).read_text(encoding='utf-8')
     rows, cache = [], {}
     for path in submissions:
-        student = path.stem if path.is_file() else path.name
-        note = ''
+        student, note = student_of(path), ''
         try:
             results = grade(read_submission(path), checks, definitions, reference, cache)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # such as of a link that leads nowhere
             note = str(error)
             results = [Result(check.part, 0, check.points, note) for check in checks]
         write_results(folder, student, results)
@@ -320,6 +323,9 @@ def main(words=None):
                    if path.is_dir() or path.suffix == '.zip']
     if not submissions:
         raise ValueError(f'{args.submissions} has no ZIP files and no folders')
+    students = [student_of(path) for path in submissions]
+    if twice := {student for student in students if students.count(student) > 1}:
+        raise ValueError(f'a ZIP file and a folder have the same name: {", ".join(twice)}')
 
     # All or nothing: the folder appears when all are graded.
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -180,6 +180,8 @@ def test_a_class(tmp_path, capsys):
     hand_in('dan', {'denoising_utils.py': 'def f(:'})
     hand_in('eve', {'denoising_utils.py': b'\xff\xfe\x00'})
     (class_folder / 'fay.zip').write_bytes(b'no ZIP file')
+    (class_folder / 'ida').mkdir()
+    (class_folder / 'ida' / 'denoising_utils.py').symlink_to('nowhere')
     (class_folder / 'gil').mkdir()
     (class_folder / 'gil' / 'denoising_utils.py').write_text(
         changed('DnCNN.receptive_field', '+ 5', '+ 3'))
@@ -195,7 +197,7 @@ def test_a_class(tmp_path, capsys):
         total[row['student']] = total.get(row['student'], 0) + int(row['points'])
     of = FULL[13] + FULL[15] + FULL[17]
     assert total == {'ann': of, 'bob': of, 'cat': 0, 'dan': 0, 'eve': 0, 'fay': 0,
-                     'gil': of - FULL[13], 'hal': of - FULL[15]}
+                     'ida': 0, 'gil': of - FULL[13], 'hal': of - FULL[15]}
     notes = {row['student']: row['note'] for row in rows if row['note']}
     assert notes['cat'] == 'there is no denoising_utils.py'
     assert 'not a Python file' in notes['dan'] and 'not a ZIP file' in notes['fay']
@@ -209,5 +211,8 @@ def test_a_class(tmp_path, capsys):
 
     with pytest.raises(ValueError, match='out exists already'):
         grade.main([str(class_folder), str(tmp_path / 'out')])
+    (class_folder / 'ann').mkdir()
+    with pytest.raises(ValueError, match='same name: ann'):
+        grade.main([str(class_folder), str(tmp_path / 'new')])
     with pytest.raises(ValueError, match='no ZIP files'):
         grade.main([str(tmp_path / 'out' / 'gil'), str(tmp_path / 'new')])
