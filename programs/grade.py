@@ -118,39 +118,51 @@ def lines_of(source, node):
 
 @functools.cache
 def _known(reference):
-    """Of the reference: its definitions, statements, and the names of what is in no class."""
-    definitions, body = find_definitions(reference), ast.parse(reference).body
-    names = {name for name in definitions if '.' not in name}
-    names |= {target.id for node in body if isinstance(node, ast.Assign)
-              for target in node.targets if isinstance(target, ast.Name)}
-    return definitions, {ast.dump(node) for node in body}, names
+    """Of the reference: the qualified names of all that it defines, and its statements."""
+    body = ast.parse(reference).body
+    names = {name for node in body for name in _names(node)}
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            names |= {f'{node.name}.{name}' for inner in node.body for name in _names(inner)}
+    return names, {ast.dump(node) for node in body}
+
+
+def _names(node):
+    """What a statement gives a name: a function, a class, constants; of others nothing."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return []
+
+
+def _text(source, node):
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return lines_of(source, node)
+    return ast.unparse(node).split('\n')
 
 
 def own_text(source, definitions, reference):
     """What of a student's file is graded: a dict of qualified name to lines.
 
-    The ``definitions`` of a part, those that the reference doesn't have (under '' what stands in no
-    class, imports and constants too).
+    They are the ``definitions`` of a part, what the reference doesn't have in their classes, and
+    under '' what it doesn't have outside of classes, imports too.
     """
     tree, mine = ast.parse(source), find_definitions(source)
     own = {name: lines_of(source, mine[name]) for name in definitions if name in mine}
-    known, given, names = _known(reference)
+    known, given = _known(reference)
     classes = {name.rpartition('.')[0] for name in definitions}
-    for name, node in mine.items():
-        holder = name.rpartition('.')[0]
-        if name not in known and holder in classes and holder:
-            own[name] = lines_of(source, node)
-
     rest = []
     for node in tree.body:
-        if ast.dump(node) in given or getattr(node, 'name', None) in names:
-            continue
-        if isinstance(node, ast.Assign) and {getattr(t, 'id', '') for t in node.targets} & names:
-            continue
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            rest += lines_of(source, node)
-        elif isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign)):
-            rest += ast.unparse(node).split('\n')
+        if isinstance(node, ast.ClassDef) and node.name in classes:
+            for inner in node.body:
+                for name in _names(inner):
+                    if f'{node.name}.{name}' not in known:
+                        own[f'{node.name}.{name}'] = _text(source, inner)
+        is_own = _names(node) and known.isdisjoint(_names(node))
+        is_import = isinstance(node, (ast.Import, ast.ImportFrom)) and ast.dump(node) not in given
+        if is_own or is_import:
+            rest += _text(source, node)
     return own | {'': rest}
 
 

@@ -71,10 +71,12 @@ def test_a_planted_error_costs_in_its_own_part(checks, part, name, what, old, ne
 
 
 def test_own_helpers_count(checks):
-    """A function, a constant, an import and a method that the reference doesn't have."""
+    """Functions, constants, an import and a method that the reference doesn't have."""
     source = changed('DnCNN.forward', 'return x + self.conv[-1](self.features(x))',
-                     'return _sum(x, self._noise(x)) * ONE')
+                     'return _sum(x, self._noise(x)) * ONE * self.ONE')
     source = source.replace('    def forward(self, x):\n        return _sum', '''\
+    ONE = 1
+
     def _noise(self, x):
         return self.conv[-1](self.features(x))
 
