@@ -3,7 +3,10 @@ import os
 import signal
 import sys
 
-import denoising_utils as du
+try:
+    import denoising_utils as du  # takes seconds, for torch
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 
 def run(main):

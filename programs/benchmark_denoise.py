@@ -7,9 +7,11 @@ nntools is measured by programs.benchmark.
 """
 import copy
 import functools
+import os
 import tempfile
 
 import numpy as np
+import pyvips
 import torch
 import torch.nn.functional as F
 import torch.utils.data as td
@@ -264,40 +266,70 @@ def speed_of_photographs(precisions, args):
                     f'{b / megapixels:.2f}', f'{a / b:.2f} x')
 
 
+class Nothing(du.NNRegressor):
+    """A network that changes nothing, so that only files are left to work on."""
+    pooling_cell, receptive_field = 1, 1
+
+    def forward(self, x):
+        return x
+
+
+# The most memory in use while the second of two files is denoised, and before, without what the
+# system holds of files and can drop. Linux counts that.
 PEAK = """
-import resource, sys, torch
+import sys, threading, time, torch
 import denoising_utils as du
+from programs.benchmark_denoise import Nothing
 from programs.denoise import denoise_file
 from programs.inference import fold
 du.keep_freed_memory()
-def peak():
-    unit = 2 ** 20 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-small, large, result = sys.argv[1:4]
-precision = getattr(torch, sys.argv[4])
-net = fold(du.load_network('dudncnn_photo')[0])
+def used():
+    with open('/proc/self/status') as status:
+        return int(dict(line.split(':') for line in status)['RssAnon'].split()[0]) / 1024
+def watch():
+    while True:
+        uses.append(used())
+        time.sleep(0.02)
+net, precision, small, large, result = sys.argv[1:]
+net = fold(du.load_network(net)[0]) if net else Nothing()
+precision = getattr(torch, precision)
 denoise_file(net, small, result, precision=precision, force=True)
-before = peak()
+uses = [used()]
+threading.Thread(target=watch, daemon=True).start()
 denoise_file(net, large, result, precision=precision, force=True)
-print(peak() - before)
+print(max(uses) - uses[0])
 """
 
 
 def memory_of_photographs(precisions, args):
-    row('Peak memory beyond that of a small file', 'megapixels', 'MB')
-    size = (600, 400) if args.quick else (6000, 4000)
-    pixels = size[0] * size[1]
+    row('Peak memory beyond that of a small file', 'megapixels', 'file (MB)', 'memory (MB)')
+    for precision in precisions:
+        side = 600 if args.quick else 5000
+        compare_peak('dudncnn_photo', precision, side, '.jpg')
+
+
+def large(args):
+    """Files alone: their memory when there are far more pixels than in a tile."""
+    row('Peak memory beyond that of a small file', 'megapixels', 'file (MB)', 'memory (MB)')
+    for suffix in ('.jpg', '.png', '.tif'):
+        compare_peak('', torch.float32, 1000 if args.quick else 22400, suffix)
+
+
+def compare_peak(net, precision, side, suffix):
+    precision = str(precision)[6:]
     with tempfile.TemporaryDirectory() as folder:
-        names = [f'{folder}/{name}.jpg' for name in ('small', 'large', 'result')]
-        for name, of_this in zip(names, ((60, 40), size)):
-            Image.effect_noise(of_this, 50).convert('RGB').save(name)
-        for precision in precisions:
-            said = child(['-c', PEAK, *names, str(precision)[6:]])
-            row(f'  denoise_file, {str(precision)[6:]}', f'{pixels / 1e6:.0f}',
-                f'{float(said):.0f}')
+        small, big, result = (f'{folder}/{name}{suffix}' for name in ('small', 'large', 'result'))
+        for file, width in ((small, 60), (big, side)):
+            noise = pyvips.Image.gaussnoise(width, width, mean=128, sigma=20).cast('uchar')
+            noise.copy(interpretation='srgb').bandjoin([noise, noise]).write_to_file(file)
+        said = child(['-c', PEAK, net, precision, small, big, result])
+        size = os.path.getsize(result) / 1e6
+    row(f'  {net or "nothing"}, {suffix}, {precision}', f'{side**2 / 1e6:.0f}', f'{size:.0f}',
+        f'{float(said):.0f}')
 
 
-PARTS = {'data': data, 'arithmetic': arithmetic, 'memory': memory, 'photograph': photograph}
+PARTS = {'data': data, 'arithmetic': arithmetic, 'memory': memory, 'photograph': photograph,
+         'large': large}
 
 
 def main(words=None):

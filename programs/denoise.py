@@ -158,7 +158,8 @@ def main(words=None):
                                   precision=precision, force=args.force)
         except (OSError, ValueError) as error:
             failed += 1
-            print(error, file=sys.stderr)
+            nameless = getattr(error, 'errno', None) and not error.filename  # as of a full disk
+            print(f'{target}: {error}' if nameless else error, file=sys.stderr)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f'{done} of {len(pairs)} files are done') from None
         else:

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import os
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,6 +14,11 @@ from PIL import Image, ImageCms
 LOSSY = {'Q': 95, 'subsample_mode': 'off'}
 OPTIONS = {'.png': {}, '.tif': {}, '.tiff': {}, '.webp': {'Q': 95}, '.avif': LOSSY,
            '.jpg': LOSSY, '.jpeg': LOSSY, '.jpe': LOSSY, '.jfif': LOSSY}
+
+# PPM and JPEG 2000 in colour, with their largest value, or one less than their number of bits.
+GAP = rb'(?:\s|#.*\n)+'
+PPM = re.compile(rb'P[36]' + GAP + rb'\d+' + GAP + rb'\d+' + GAP + rb'(\d+)')
+JPEG_2000 = re.compile(rb'\xff\x4f\xff\x51.{36}\0[\3\4](.)', re.DOTALL)
 
 LARGEST_TIFF = 4e9  # bytes; above, it is a BigTIFF, which fewer programs can read
 
@@ -35,17 +41,28 @@ def count_frames(file):
 def load(file, folder):
     """The upright image in a file, of which no pixels are read yet. ``folder`` is for other files.
 
-    Raises `pyvips.Error` if it can't be read.
+    Raises `pyvips.Error` if it can't be read, ValueError if colours of 16 bits would become 8.
     """
     try:
         return _load_with_vips(file)
     except pyvips.Error as error:
+        if _has_deep_colours(file):
+            raise ValueError(f'{file} has more than 8 bits a colour, which in this format '
+                             "can't be read here: save it as TIFF or PNG") from None
         translated = folder / 'translated.tif'
         try:
             _translate(file, translated)
         except Exception:  # of any kind: Pillow doesn't know it either, or it is torn
             raise error from None
         return _load_with_vips(translated)
+
+
+def _has_deep_colours(file):
+    """Whether a file has colours that Pillow would make 8 bits of, without a word."""
+    with open(file, 'rb') as stream:
+        start = stream.read(65536)
+    ppm, jpeg_2000 = PPM.match(start), JPEG_2000.search(start)
+    return bool(ppm and int(ppm[1]) > 255 or jpeg_2000 and jpeg_2000[1][0] % 128 > 7)
 
 
 def _load_with_vips(file):

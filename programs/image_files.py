@@ -1,10 +1,4 @@
-"""Photographs: read from files as grey or RGB, and written again with what describes them.
-
-    with new_file(target) as file:
-        image = read_image(source, file.parent)
-        check_format(image, file)
-        left_out = write_image(image, image.pixels, file)
-"""
+"""Photographs: read from files as grey or RGB, and written again with what describes them."""
 import dataclasses
 from pathlib import Path
 
@@ -88,8 +82,6 @@ def _to_grey_or_rgb(image):
         return image.icc_transform('srgb', input_profile='cmyk', embedded=True, depth=depth)
     if image.interpretation == 'labs':
         return image.colourspace('rgb16')
-    if image.coding == 'labq':  # 8 bits, of libvips 8.17; later ones leave it to Pillow
-        return image.colourspace('srgb')
     return image
 
 

@@ -3,7 +3,10 @@ import contextlib
 import os
 
 import exiv2
+import numpy as np
 import pyvips
+
+from programs import png_texts
 
 exiv2.LogMsg.setLevel(exiv2.LogMsg.Level.mute)  # what is wrong in a file is no news to its owner
 
@@ -70,7 +73,7 @@ def copy(source, header, target):
     old = read(source)
     if old is not None:
         exif = _descriptive(old.exifData())
-        xmp, iptc, comment = old.xmpData(), old.iptcData(), old.comment()
+        xmp, iptc, comment = old.xmpData(), old.iptcData(), _comment(old)
     true_now = {'Exif.Photo.PixelXDimension': width, 'Exif.Photo.PixelYDimension': height,
                 'Xmp.exif.PixelXDimension': width, 'Xmp.exif.PixelYDimension': height,
                 'Xmp.tiff.ImageWidth': width, 'Xmp.tiff.ImageLength': height,
@@ -85,25 +88,49 @@ def copy(source, header, target):
         exif['Exif.Image.ResolutionUnit'] = 2
 
     kinds = {'ExifData': exif, 'IptcData': iptc, 'XmpData': xmp, 'Comment': comment}
+    texts = png_texts.read(source) if target.suffix == '.png' else b''
     described = target.with_stem('described')
     with contextlib.suppress(exiv2.Exiv2Error):  # it doesn't know the format, or has no room
-        new = exiv2.ImageFactory.open(target.read_bytes())
-        new.readMetadata()
-        for kind, data in kinds.items():
-            with contextlib.suppress(exiv2.Exiv2Error):  # the format doesn't have this kind
-                getattr(new, f'set{kind}')(data)
-        new.writeMetadata()
-
-        # Not by Exiv2, which says nothing where the end of a file can't be written.
-        described.write_bytes(new.data())
+        _write(kinds, texts, target, described)
         os.replace(described, target)
 
 
+def _write(kinds, texts, file, described):
+    """Writes the image in ``file`` with what describes it into another file.
+
+    ``kinds`` are what Exiv2 knows, ``texts`` the chunks of a PNG that it doesn't.
+    """
+    image = exiv2.ImageFactory.open(np.memmap(file, mode='r'))
+    image.readMetadata()
+    for kind, data in kinds.items():
+        with contextlib.suppress(exiv2.Exiv2Error):  # the format doesn't have this kind
+            getattr(image, f'set{kind}')(data)
+    image.writeMetadata()
+
+    # Not by Exiv2, which says nothing where the end of a file can't be written.
+    data = image.data()
+    with open(described, 'wb') as stream:
+        stream.write(data[:png_texts.HEADER])
+        stream.write(texts)
+        stream.write(data[png_texts.HEADER:])
+
+
+def _comment(image):
+    """The comment in an `exiv2.Image`, which takes it for UTF-8; older programs wrote Latin-1."""
+    text = image.comment().encode(errors='surrogateescape')
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return text.decode('latin-1')
+
+
 def with_header(picture, header):
-    """An image of libvips with the resolution, the colour profile and the texts of another one."""
+    """An image of libvips with the resolution, the colour profile and the like of another one."""
     picture = picture.copy(interpretation=header.interpretation, xres=header.xres, yres=header.yres)
     for name in header.get_fields():
-        if picture.get_typeof(name) == 0 and name not in FIELDS_OF_STORAGE:
+        if name.startswith('png-comment-') or name in FIELDS_OF_STORAGE:
+            continue
+        if picture.get_typeof(name) == 0:
             picture.set_type(header.get_typeof(name), name, header.get(name))
     picture.set_type(pyvips.GValue.gint_type, 'orientation', 1)  # upright, also in the EXIF
     return picture
@@ -117,10 +144,8 @@ def _has_resolution(header):
 def kinds_in(file, header):
     """The names of all that there is in a file beside grey or colours of 8 bits."""
     fields = set(header.get_fields())
-    texts = {name for name in fields if '-comment-' in name}
-    texts -= {name for name in texts if 'Raw profile' in name or name.endswith('-Description')}
     there = {
-        'texts': bool(texts),
+        'texts': bool(png_texts.read(file)),
         'colour profile': 'icc-profile-data' in fields,
         'resolution': _has_resolution(header),
         '16 bits': 'bits-per-sample' in fields and header.get('bits-per-sample') == 16,

@@ -9,9 +9,23 @@ import dataclasses
 import denoising_utils as du
 from programs import run
 from programs.camera import draw_between, photographed
-from programs.kinds import print_kinds
+from programs.kinds import KINDS, add, print_kinds
 from programs.train import train
 from programs.train_blind import BlindBSDSDataset, BlindRecipe
+
+
+class OneKindBSDSDataset(BlindBSDSDataset):
+    """Every sample with the same kind of noise, see `programs.kinds`."""
+
+    OPTIONS = BlindBSDSDataset.OPTIONS | {'kind': None}
+
+    def __init__(self, *args, kind, **options):
+        super().__init__(*args, **options)
+        self.kind = KINDS[kind]
+
+    def _noisy(self, clean, channels, random):
+        noisy = add(self.kind, (clean + 1) / 2, random)
+        return du.to_floats(du.to_integers(noisy * 2 - 1))
 
 
 class PhotoBSDSDataset(BlindBSDSDataset):
@@ -42,6 +56,8 @@ class PhotoRecipe(BlindRecipe):
     start: str = du.option('checkpoints/dudncnn_blind', 'folder of the network to begin with')
     epochs: int = du.option(100, 'epochs in all')
     warm_up: float = du.option(0.03, 'share of the epochs before the peak; then a cosine to 0')
+    only: str = du.option(None, 'one kind of noise instead, to see how much there is to gain',
+                          choices=[name for name, kind in KINDS.items() if kind])
 
     def network(self):
         net = super().network()
@@ -49,6 +65,9 @@ class PhotoRecipe(BlindRecipe):
         return net
 
     def data_set(self, photographs, mode, size, **options):
+        if self.only:
+            return OneKindBSDSDataset(photographs, mode, size, self.sigma, kind=self.only,
+                                      jitter=self.jitter, **options)
         return PhotoBSDSDataset(photographs, mode, size, self.sigma, clip=self.clip,
                                 jitter=self.jitter, **options)
 

@@ -1,4 +1,5 @@
 """A disk that is full, or a target that appears meanwhile: what was there stays, and it is said."""
+import contextlib
 import os
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 from PIL import ExifTags, Image
 
 import denoising_utils as du
-from programs.denoise import denoise_file
+from programs.denoise import denoise_file, main
 
 XMP = (b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
        b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
@@ -20,27 +21,45 @@ def identity():
     return du.DnCNN(0, C=2, zero_last=True)
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no limit on the size of files')
+needs_limits = pytest.mark.skipif(sys.platform == 'win32', reason='there files have no limits')
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Inside, more bytes can't be written into a file."""
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@needs_limits
 @pytest.mark.parametrize('suffix', ['jpg', 'tif', 'png', 'webp', 'avif'])
 def test_a_file_that_is_too_short_never_replaces_a_good_one(identity, tmp_path, suffix):
     """Exiv2 says nothing of the last bytes that it can't write, as Pillow didn't."""
-    import resource
     source, target = tmp_path / 'in.jpg', tmp_path / f'out.{suffix}'
     Image.new('RGB', (8, 8), (9, 99, 9)).save(source, xmp=XMP)
     denoise_file(identity, source, target)
     size = target.stat().st_size
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (size // 4, size // 2, size - 100, size - 1):
         target.write_bytes(b'precious')
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-            with pytest.raises(OSError, match='File too large'):
-                denoise_file(identity, source, target, force=True)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with files_of_at_most(limit), pytest.raises(OSError, match='File too large'):
+            denoise_file(identity, source, target, force=True)
         assert target.read_bytes() == b'precious'
         assert sorted(os.listdir(tmp_path)) == ['in.jpg', f'out.{suffix}']
+
+
+@needs_limits
+def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path, capfd):
+    source, target = tmp_path / 'in.png', tmp_path / 'out.png'
+    Image.effect_noise((40, 40), 50).save(source)
+    with files_of_at_most(1000), pytest.raises(SystemExit, match='1 of 1 files'):
+        main([str(source), str(target)])
+    assert f'{target}: [Errno' in capfd.readouterr().err
 
 
 def test_a_target_that_appears_during_the_work_stays(tmp_path):

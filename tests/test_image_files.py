@@ -289,6 +289,13 @@ def odd_files(folder):
     yield 'raw.dng', 'is a raw file'
     (folder / 'phone.heic').write_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(100))
     yield 'phone.heic', 'HEIC, for which there is no decoder here'
+    (folder / 'deep.ppm').write_bytes(b'P6 # by hand\n30 20\n65535\n' + bytes(2 * COLOURS.size))
+    yield 'deep.ppm', 'has more than 8 bits a colour'
+    picture('RGB').save(folder / 'deep.jp2')
+    size = b'\xff\x4f\xff\x51'  # begins the description of the pixels
+    start, rest = (folder / 'deep.jp2').read_bytes().split(size)
+    (folder / 'deep.jp2').write_bytes(start + size + rest[:38] + 3 * b'\x0f\1\1' + rest[47:])
+    yield 'deep.jp2', 'has more than 8 bits a colour'
 
 
 def test_what_can_not_be_denoised_says_why(identity, tmp_path):

@@ -3,7 +3,7 @@ import exiv2
 import numpy as np
 import pytest
 import pyvips
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 import denoising_utils as du
 from programs.denoise import denoise_file
@@ -87,6 +87,39 @@ def test_resolution_stays_without_exif(identity, tmp_path, suffix):
         denoise_file(identity, tmp_path / f'in.{suffix}', tmp_path / target, force=True)
         with Image.open(tmp_path / target) as image:
             assert image.info['dpi'] == pytest.approx((240, 240), abs=0.1), target
+
+
+TEXTS = {'Title': 'café', 'Author': 'Γειά', 'Software': 'by hand', 'Description': 'señal'}
+
+
+def png_with_texts(file, late):
+    """Latin-1, as the oldest kind of text has it, compressed, Unicode; after the pixels or not."""
+    texts = PngImagePlugin.PngInfo()
+    for name, text in TEXTS.items():
+        if name == 'Author':
+            texts.add_itxt(name, text)
+        else:
+            texts.add_text(name, text, zip=name == 'Software')
+    image = Image.fromarray(COLOURS)
+    image.save(file)
+    plain = file.read_bytes()
+    image.save(file, pnginfo=texts)
+    if late:
+        described = file.read_bytes()
+        chunks = described[33:33 + len(described) - len(plain)]
+        file.write_bytes(plain[:-12] + chunks + plain[-12:])
+
+
+@pytest.mark.parametrize('late', [False, True])
+def test_texts_of_a_png_stay_in_any_letters(identity, tmp_path, late):
+    png_with_texts(tmp_path / 'in.png', late)
+    report = denoise_file(identity, tmp_path / 'in.png', tmp_path / 'out.png')
+    with Image.open(tmp_path / 'out.png') as image:
+        assert image.text == TEXTS
+    assert not report.left_out
+    report = denoise_file(identity, tmp_path / 'in.png', tmp_path / 'out.jpg')
+    assert described(tmp_path / 'out.jpg')[1] == TEXTS['Description']
+    assert report.left_out == ['texts']
 
 
 def test_what_can_not_be_held_is_named(identity, tmp_path):
