@@ -257,7 +257,7 @@ def speed_of_photographs(precisions, args):
     row(f'Seconds a megapixel ({megapixels:.1f} megapixels)', 'FFDNet', 'DUDnCNN', 'speed-up')
     for n in sorted({1, torch.get_num_threads()}):
         for precision in precisions:
-            for tile, label in ((192, 'in tiles of 192x192'), (10 ** 6, 'whole')):
+            for tile, label in ((384, 'in tiles of 384x384'), (10 ** 6, 'whole')):
                 ways = [functools.partial(denoise_image, net, image, tile, precision=precision)
                         for net in (ffdnet, ours)]
                 with threads(n):

@@ -138,12 +138,12 @@ def compress(image, quality, subsampling, corner=(0, 0)):
     return values[:, top:, left:].float() / 255
 
 
-def photographed(clean, random):
-    """``clean`` as people's files have it: with noise from a camera, or a quarter of them with
-    noise that is the same in light and dark; in 8 bits, and two of three compressed."""
-    make = camera_noise if draw_between(0, 4, random) < 3 else smooth_noise
+def photographed(clean, random, camera=0.5):
+    """``clean`` as people's files have it, in 8 bits, and four of five compressed: a share of
+    ``camera`` with noise from one, the others with noise that is the same in light and dark."""
+    make = camera_noise if draw_between(0, 1, random) < camera else smooth_noise
     noisy = (clean + make(clean, random)).clamp(0, 1)
-    if draw_between(0, 3, random) < 2:
+    if draw_between(0, 1, random) < 0.8:
         quality = int(draw_between(60, 101, random))
         subsampling = 2 if draw_between(0, 1, random) < 0.5 else 0
         corner = torch.randint(8, (2,), generator=random).tolist()

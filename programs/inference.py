@@ -82,7 +82,7 @@ def _as_input(net, part):
     return part.contiguous(memory_format=torch.channels_last)
 
 
-def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32, out=None):
+def denoise_image(net, image, tile=384, strength=1.0, precision=torch.float32, out=None):
     """Denoises an image of any size with bounded memory, in tiles of ``tile`` pixels.
 
     Each tile is read with a margin of half the receptive field or more, and cut where the pooling
@@ -116,11 +116,14 @@ def denoise_image(net, image, tile=192, strength=1.0, precision=torch.float32, o
     if out is None:
         out = torch.empty_like(image, device='cpu')
     with _ready(net, precision):
+        nets = {sides: without_padding(net, *sides)
+                for sides in itertools.product((False, True), repeat=2)}
         for top, left in tqdm(corners, unit='tile', leave=False, disable=quiet):
             above, before = min(top, margin), min(left, margin)
             part = image[:, top - above:top + tile + margin, left - before:left + tile + margin]
             part = _as_input(net, part)
-            part = part.lerp(net(part).float(), strength)[0]
+            rows, columns = (size == tile + 2 * margin for size in part.shape[-2:])
+            part = part.lerp(nets[rows, columns](part).float(), strength)[0]
             part = part[:, above:above + tile, before:before + tile]
             if channels == 1:
                 part = part.mean(0, keepdim=True)
@@ -165,7 +168,11 @@ FUSES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_con
 
 
 class FusedDUDnCNN(du.DUDnCNN):
-    """DUDnCNN for inference alone, see `fold`: convolution and ReLU go over the features once."""
+    """DUDnCNN for inference alone, see `fold`: convolution and ReLU go over the features once.
+
+    Where its convolutions don't pad, see `without_padding`, features get smaller from layer to
+    layer, and what is at the sides of an image returns as it was.
+    """
 
     def block(self, k, h):
         conv = self.conv[k + 1]
@@ -176,7 +183,33 @@ class FusedDUDnCNN(du.DUDnCNN):
             conv.dilation, conv.groups, 'relu', [], '')
 
     def join(self, h, earlier):
-        return h.add_(earlier)
+        return h.add_(_middle(earlier, h))
+
+    def forward(self, x):
+        y, change = x.clone(), self.conv[-1](self.features(x))
+        _middle(y, change).add_(change)
+        return y
+
+
+def _middle(x, y):
+    """The middle of ``x`` that has the height and width of ``y``."""
+    top, left = ((a - b) // 2 for a, b in zip(x.shape[-2:], y.shape[-2:]))
+    return x[..., top:top + y.shape[-2], left:left + y.shape[-1]]
+
+
+def without_padding(net, rows, columns):
+    """A copy of a network whose convolutions don't pad above and below, or left and right.
+
+    For a tile with a margin there, of which so much less has to be computed. Other networks than
+    `FusedDUDnCNN` are returned as they are.
+    """
+    if not isinstance(net, FusedDUDnCNN):
+        return net
+    net = copy.deepcopy(net)
+    for conv in net.conv:
+        height, width = conv.padding
+        conv.padding = (0 if rows else height, 0 if columns else width)
+    return net
 
 
 def fold(net):

@@ -38,7 +38,10 @@ def pairs_of(name, photographs, which):
     random = torch.Generator().manual_seed(0)
     for _, clean in du.benchmark_pairs(photographs, 0, 160, **which):
         image = (clean[0] + 1) / 2
-        noisy = photographed(image, random) if name == CAMERA else add(KINDS[name], image, random)
+        if name == CAMERA:
+            noisy = photographed(image, random, camera=1)
+        else:
+            noisy = add(KINDS[name], image, random)
         yield du.to_floats(du.to_integers(noisy * 2 - 1))[None], clean
 
 

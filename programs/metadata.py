@@ -19,6 +19,9 @@ DESCRIPTIVE = {'XResolution', 'YResolution', 'ResolutionUnit', 'DocumentName', '
 
 FIELDS_OF_STORAGE = {'bits-per-sample', 'palette', 'orientation', 'n-pages', 'vips-loader'}
 
+# Raw formats with a signature of their own; those of other makers are TIFF files.
+RAW_TYPES = tuple(f'image/x-{maker}-'
+                  for maker in ('canon', 'fuji', 'minolta', 'olympus', 'panasonic'))
 SENSOR_VALUES = {'32803', '34892'}  # photometric interpretations: a colour filter, linear raw
 
 
@@ -33,13 +36,14 @@ def read(file):
 
 
 def is_raw(file):
-    """Whether a file is of the values of a camera's sensor, such as DNG, whatever its name says."""
+    """Whether a file is of the values of a camera's sensor, whatever its name says."""
     image = read(file)
     if image is None:
         return False
     exif = image.exifData()
     models = {datum.toString() for datum in exif if datum.tagName() == 'PhotometricInterpretation'}
-    return 'Exif.Image.DNGVersion' in exif or bool(models & SENSOR_VALUES)
+    return (image.mimeType().startswith(RAW_TYPES) or 'Exif.Image.DNGVersion' in exif
+            or bool(models & SENSOR_VALUES))
 
 
 def _is_of_storage(datum):

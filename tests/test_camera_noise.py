@@ -9,7 +9,7 @@ from PIL import Image
 import denoising_utils as du
 from programs import camera, train_photo
 from programs.camera import Camera, camera_noise, compress, photographed, smooth_noise
-from programs.train_photo import PhotoBSDSDataset, relative_error
+from programs.train_photo import OneKindBSDSDataset, PhotoBSDSDataset, relative_error
 
 
 def seeded(seed=0):
@@ -94,6 +94,12 @@ def test_what_the_samples_of_the_data_set_are(folder):
              for noise in noises]
     assert np.mean(white) == pytest.approx(0.5, abs=0.1)
     assert torch.equal(data[7][0] - data[7][1], noises[7])
+
+
+def test_one_kind_alone(folder):
+    data = OneKindBSDSDataset(folder, 'train', 32, seed=0, subset=[0], crops=9, kind='white, 15')
+    noise = torch.stack([noisy - clean for noisy, clean in data]) * 127.5
+    assert noise.std() == pytest.approx(15, rel=0.1)
 
 
 def test_an_image_with_less_noise_counts_as_much():

@@ -287,6 +287,10 @@ def odd_files(folder):
     tags = [(50706, 'B', 4, b'\1\4\0\0', True)]
     tifffile.imwrite(folder / 'raw.dng', COLOURS, photometric='rgb', extratags=tags)
     yield 'raw.dng', 'is a raw file'
+    for name, signature in {'canon.cr2': b'II*\0\x10\0\0\0CR\2\0', 'olympus.orf': b'IIRO\x08\0\0\0',
+                            'canon.cr3': b'\0\0\0\x18ftypcrx \0\0\0\1crx isom'}.items():
+        (folder / name).write_bytes(signature + bytes(300))
+        yield name, 'is a raw file'
     (folder / 'phone.heic').write_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(100))
     yield 'phone.heic', 'HEIC, for which there is no decoder here'
     (folder / 'deep.ppm').write_bytes(b'P6 # by hand\n30 20\n65535\n' + bytes(2 * COLOURS.size))

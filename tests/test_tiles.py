@@ -13,6 +13,10 @@ from programs.inference import denoise_image, fold, fold_batch_norm, self_ensemb
 NETS = [du.DnCNN, du.UDnCNN, du.DUDnCNN]
 
 
+def folded_dudncnn(D, C):
+    return fold(du.DUDnCNN(D, C=C))
+
+
 @pytest.mark.parametrize('make', NETS)
 def test_a_folded_batch_norm_changes_nothing(make):
     torch.manual_seed(0)
@@ -40,9 +44,9 @@ def test_a_folded_network_changes_nothing(D, fuses, monkeypatch):
             torch.testing.assert_close(fold(net)(x), net(x), atol=0.05, rtol=0)
 
 
-@settings(max_examples=15)
-@given(make=st.sampled_from(NETS), height=st.integers(20, 90), width=st.integers(20, 90),
-       tile=st.integers(1, 60))
+@settings(max_examples=20)
+@given(make=st.sampled_from([*NETS, folded_dudncnn]), height=st.integers(20, 90),
+       width=st.integers(20, 90), tile=st.integers(1, 60))
 def test_tiles_leave_no_trace(make, height, width, tile):
     torch.manual_seed(height)
     net, image = make(4, C=3).eval(), torch.rand(3, height, width) * 2 - 1
