@@ -1,6 +1,7 @@
 """The log of trainings, checkpoints/trials.csv, and the page that prints it, docs/trials.md."""
 import importlib
 import re
+import shlex
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_a_row_and_its_command(row, monkeypatch):
 
     monkeypatch.setattr(du, 'find_photographs', lambda folder: folder)
     monkeypatch.setattr(du.Recipe, 'experiment', experiment)
-    program, *words = row['command'].removeprefix('python -m programs.').split()
+    program, *words = shlex.split(row['command'].removeprefix('python -m programs.'))
     with pytest.raises(Begun) as begun:
         importlib.import_module(f'programs.{program}').main(words)
     recipe = begun.value.args[0]
@@ -78,7 +79,7 @@ def test_a_row_and_its_command(row, monkeypatch):
     assert re.fullmatch(r'2026-11-\d\d|unknown', row['date'])
     assert bool(row['held_out']) == recipe.hold_out
     if recipe.hold_out:
-        assert 28 < float(row['held_out']) < 31
+        assert 28 < float(row['held_out']) < 32
 
 
 def test_the_committed_networks_are_all_there():
