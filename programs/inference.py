@@ -57,7 +57,7 @@ def trust(level):
 
     Between the two levels is a blend. How they were chosen: docs/results.md, *Without noise*.
     """
-    none, full = 0.7, 1.2
+    none, full = 0.7, 1.0
     return min(1.0, max(0.0, (level - none) / (full - none)))
 
 
