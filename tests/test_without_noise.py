@@ -55,7 +55,7 @@ def test_the_network_is_left_as_it_was():
 
 
 def test_trust_rises_with_the_level():
-    levels = [0, 0.6, 0.8, 1.0, 1.3, 30]
+    levels = [0, 0.6, 0.8, 0.9, 1.3, 30]
     trusts = [trust(level) for level in levels]
     assert trusts == sorted(trusts) and trusts[:2] == [0, 0] and trusts[-2:] == [1, 1]
     assert 0 < trusts[2] < trusts[3] < 1
